@@ -1,0 +1,80 @@
+"""Training-data attribution: which examples made my model do that, and what is each worth?
+
+The pipeline, in the order to read it; index once, then ask with any recipe, as often as you like:
+
+    task → gradients → projection → featurizer → store → curvature → preconditioner → scorer
+
+>>> task = tda.Task(model, checkpoints=[...], measurement="cross_entropy")    # doctest: +SKIP
+>>> run = tda.index(task, train_dataset, "stores/my_run")                     # doctest: +SKIP
+>>> run.top_k(query_dataset, k=10, recipe="influence").proponents.ids         # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tda.errors import (
+        ConfigError,
+        DataError,
+        GradientError,
+        MismatchError,
+        RecipeError,
+        StoreError,
+        TaskError,
+        TdaError,
+    )
+    from tda.measurements import MEASUREMENTS, Measurement
+    from tda.projection import Projection
+    from tda.ranking import Ranking, TopK
+    from tda.recipe import Recipe
+    from tda.recipes import RECIPES
+    from tda.run import Run, index, open
+    from tda.task import Checkpoint, Task
+
+__version__ = "0.1.0"
+
+# Where each public name lives. They are imported when first used: torch takes seconds to load, and
+# `tda --help` must not.
+_HOMES = {
+    "Task": "tda.task",
+    "Checkpoint": "tda.task",
+    "Measurement": "tda.measurements",
+    "MEASUREMENTS": "tda.measurements",
+    "Projection": "tda.projection",
+    "index": "tda.run",
+    "open": "tda.run",
+    "Run": "tda.run",
+    "Recipe": "tda.recipe",
+    "RECIPES": "tda.recipes",
+    "TopK": "tda.ranking",
+    "Ranking": "tda.ranking",
+    "TdaError": "tda.errors",
+    "TaskError": "tda.errors",
+    "DataError": "tda.errors",
+    "GradientError": "tda.errors",
+    "StoreError": "tda.errors",
+    "MismatchError": "tda.errors",
+    "RecipeError": "tda.errors",
+    "ConfigError": "tda.errors",
+}
+
+__all__ = [
+    "Task", "Checkpoint", "Measurement", "MEASUREMENTS", "Projection",
+    "index", "open", "Run", "Recipe", "RECIPES", "TopK", "Ranking",
+    "TdaError", "TaskError", "DataError", "GradientError", "StoreError", "MismatchError",
+    "RecipeError", "ConfigError",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tda' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

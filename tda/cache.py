@@ -1,0 +1,100 @@
+"""Derived arrays kept beside a store: never needed, never trusted, deleted at will.
+
+A file's name is the digest of everything its content follows from, so nothing goes stale: other
+rows, another model or another recipe have another name. A file that cannot be read, is damaged
+(zip checksums) or cannot be written is as good as none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+Arrays = dict[str, np.ndarray]
+log = logging.getLogger(__name__)
+
+
+class Run(Protocol):
+    """What is asked of a store here (see ``tda.store.Store``)."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def manifest(self) -> Mapping[str, Any]: ...
+
+
+def fingerprint(store: Run, table: str) -> str | None:
+    """Digest of the manifest and of a table's completion marks; None if nothing is marked.
+
+    The marks hold the checksums of the rows, so equal fingerprints mean equal bytes.
+    """
+    marks = sorted((store.path / table / "done").glob("*.json"))
+    if not marks:
+        return None
+    digest = hashlib.sha256(json.dumps(store.manifest, sort_keys=True).encode())
+    for mark in marks:
+        digest.update(mark.name.encode() + b"\0" + mark.read_bytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Cache:
+    """``cache/`` of a store, for what follows from the rows of one of its tables."""
+
+    folder: Path
+    source: str | None
+
+    @staticmethod
+    def of(store: Run, table: str = "train") -> Cache:
+        return Cache(store.path / "cache", fingerprint(store, table))
+
+    def get(self, kind: str, choices: Sequence[object], compute: Callable[[], Arrays]) -> Arrays:
+        """The arrays kept for these choices, or those computed, which are then kept.
+
+        Without a source fingerprint nothing is kept.
+        """
+        if self.source is None:
+            return compute()
+        name = hashlib.sha256(json.dumps([self.source, *choices]).encode()).hexdigest()[:32]
+        path = self.folder / f"{kind}-{name}.npz"
+        found = _read(path)
+        if found is None:
+            found = compute()
+            _write(path, found)
+        return found
+
+
+def _read(path: Path) -> Arrays | None:
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        log.warning("%s is damaged (%s) and is computed again", path, error)
+        return None
+
+
+def _write(path: Path, arrays: Arrays) -> None:
+    temporary = None
+    try:
+        path.parent.mkdir(exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+            temporary = file.name
+            np.savez(file, allow_pickle=False, **arrays)
+        os.replace(temporary, path)
+    except OSError as error:  # a read-only store or a full disk must not stop a query
+        log.info("%s could not be kept (%s)", path, error)
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)

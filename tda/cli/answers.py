@@ -1,0 +1,197 @@
+"""Answers on their way out: to the terminal, to JSON or Parquet, and full matrices to Zarr."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from tda.cli import tables
+from tda.errors import ConfigError, DataError, StoreError
+
+if TYPE_CHECKING:
+    import dask.array as da
+
+    from tda.run import Run
+    from tda.scorer import TopK
+
+_SIDES = ("proponents", "opponents")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The top training examples of some queries of one set, both sides, best first.
+
+    ``positions [m]`` are the rows of ``top`` (and of the query table) that are shown.
+    """
+
+    run: str
+    query_set: str
+    recipe: str
+    positions: tuple[int, ...]
+    query_ids: Sequence[str]
+    query_labels: Sequence[Any] | None
+    train_labels: Sequence[Any] | None
+    top: TopK
+
+    @property
+    def num_queries(self) -> int:
+        return len(self.positions)
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """One row for each query, side and rank."""
+        for position in self.positions:
+            for side in _SIDES:
+                ranking = getattr(self.top, side)
+                for rank, index in enumerate(ranking.indices[position].tolist()):
+                    yield {
+                        "query": str(self.query_ids[position]),
+                        "query_label": _label(self.query_labels, position),
+                        "side": side,
+                        "rank": rank + 1,
+                        "train": str(ranking.ids[position][rank]),
+                        "train_index": index,
+                        "train_label": _label(self.train_labels, index),
+                        "score": float(ranking.scores[position][rank]),
+                    }
+
+    def tables(self, limit: int) -> Iterator[Table]:
+        """One table a query: proponents to the left, opponents to the right."""
+        for position in self.positions[:limit]:
+            label = _label(self.query_labels, position)
+            title = f"query {self.query_ids[position]}"
+            title += "" if label is None else f", label {label}"
+            rows = []
+            for rank in range(self.top.proponents.indices.shape[1]):
+                cells = [str(rank + 1)]
+                for side in _SIDES:
+                    ranking = getattr(self.top, side)
+                    index = int(ranking.indices[position][rank])
+                    cells += [
+                        str(ranking.ids[position][rank]),
+                        _text(_label(self.train_labels, index)),
+                        f"{ranking.scores[position][rank]:+.3g}",
+                    ]
+                rows.append(cells)
+            yield tables.table(
+                f"{title} · {self.recipe}",
+                ("# ", "proponent", "label ", "score ", "opponent", "label ", "score "),
+                rows,
+            )
+
+    def write(self, path: Path) -> None:
+        """Write every row to ``path``, whole or not at all. Raises StoreError if it cannot be."""
+        check_format(path)
+        partial = path.with_name(f".{path.name}.partial")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.suffix == ".json":
+                head = {"run": self.run, "queries": self.query_set, "recipe": self.recipe}
+                text = json.dumps({**head, "answers": list(self.rows())}, indent=1)
+                partial.write_text(text + "\n", encoding="utf-8")
+            else:
+                self._write_parquet(partial)
+            os.replace(partial, path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise StoreError(
+                "the answers could not be written", where=path, found=error.strerror or error
+            ) from error
+
+    def _write_parquet(self, path: Path) -> None:
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        table = pa.Table.from_pylist(list(self.rows()))
+        about = {"run": self.run, "queries": self.query_set, "recipe": self.recipe}
+        parquet.write_table(table.replace_schema_metadata(about), path)
+
+
+def check_format(path: Path) -> None:
+    """Raise ConfigError unless the name of ``path`` says a format: before the work, not after."""
+    if path.suffix not in (".json", ".parquet"):
+        raise ConfigError(
+            "the format of the answers is told by the file's name",
+            where="--out",
+            found=path.name,
+            wanted="a name that ends in .json or .parquet",
+        )
+
+
+def collect(run: Run, query_set: str, recipe: str, top: TopK, ids: Sequence[str]) -> Answer:
+    """The answers about the queries ``ids``, or about all. Raises DataError for an unknown id."""
+    queries, train = run.store.table(f"queries/{query_set}"), run.store.table("train")
+    query_ids = queries.column("id").tolist()
+    positions = {name: position for position, name in enumerate(query_ids)}
+    unknown = [name for name in ids if name not in positions]
+    if unknown:
+        raise DataError(
+            f"the query set {query_set!r} has no query {unknown[0]!r}",
+            where="--id",
+            found=unknown[0],
+            wanted=f"one of {len(query_ids)} ids: {', '.join(query_ids[:3])}, …",
+        )
+    return Answer(
+        run=str(run.store.path),
+        query_set=query_set,
+        recipe=recipe,
+        positions=tuple(positions[name] for name in ids) or tuple(range(len(query_ids))),
+        query_ids=query_ids,
+        query_labels=_labels(queries),
+        train_labels=_labels(train),
+        top=top,
+    )
+
+
+def write_scores(scores: da.Array, path: Path, *, queries: str, recipe: str) -> None:
+    """Write a score matrix to the Zarr array ``path``, whole or not at all, a block at a time.
+
+    Blocks are computed two at a time at most: what is in memory does not grow with the matrix.
+    """
+    import dask
+    import zarr
+
+    if path.exists() and not (path / "zarr.json").is_file():
+        raise StoreError("this is not a score matrix that could be replaced", where=path)
+    partial = path.with_name(f".{path.name}.partial")
+    chunks = tuple(sizes[0] for sizes in scores.chunks)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        array = zarr.create_array(
+            partial,
+            shape=scores.shape,
+            chunks=chunks,
+            dtype="float32",
+            fill_value=float("nan"),
+            dimension_names=("query", "train"),
+            attributes={"queries": queries, "recipe": recipe, "sign": "positive helps the query"},
+        )
+        with dask.config.set(scheduler="threads", num_workers=2):
+            scores.rechunk(chunks).store(array, lock=False)
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(partial, path)
+    except OSError as error:
+        raise StoreError(
+            "the scores could not be written", where=path, found=error.strerror or error
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _labels(table: Any) -> Sequence[Any] | None:
+    return table.column("label").tolist() if "label" in table.columns() else None
+
+
+def _label(labels: Sequence[Any] | None, index: int) -> Any:
+    return None if labels is None else labels[index]
+
+
+def _text(label: Any) -> str:
+    return "" if label is None else str(label)

@@ -1,0 +1,153 @@
+"""From what the command line names, a configuration or a folder, to a run that answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tda
+from tda.config import Config, load_code, load_config
+from tda.errors import ConfigError, StoreError
+
+if TYPE_CHECKING:
+    from tda.run import Run
+    from tda.task import Task
+
+_DEFAULT_RECIPE, _DEFAULT_K = "influence", 10
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A run, and the configuration it was named by, if it was."""
+
+    run: Run
+    config: Config | None
+
+    @property
+    def path(self) -> Path:
+        return Path(self.run.store.path)
+
+    @property
+    def recipe(self) -> str:
+        return self.config.query.recipe if self.config else _DEFAULT_RECIPE
+
+    @property
+    def k(self) -> int:
+        return self.config.query.k if self.config else _DEFAULT_K
+
+    def query_set(self, name: str | None) -> str:
+        """The query set that is meant, stored in the run.
+
+        One that the configuration names is featurized now if the run does not hold it yet.
+        Raises ConfigError when ``name`` is None and there is not exactly one.
+        """
+        configured = list(self.config.workload.queries) if self.config else []
+        known = list(dict.fromkeys([*configured, *self.run.queries]))
+        if name is None:
+            if len(known) != 1:
+                raise ConfigError(
+                    "which query set?" if known else "this run has no query set",
+                    where=self.path,
+                    found=", ".join(known) or None,
+                    do="name one with --queries"
+                    if known
+                    else "add [workload] queries to its configuration and run `tda index CONFIG`",
+                )
+            name = known[0]
+        if self.config is not None and name in configured:
+            return _add_queries(self.run, self.config, name)
+        if name not in known:
+            raise ConfigError(
+                f"the run has no query set {name!r}",
+                where=self.path,
+                found=name,
+                wanted=", ".join(known) or "there is none",
+                do="add it to [workload] queries and name the configuration in place of the run",
+            )
+        return name
+
+
+def open_workload(target: str, overrides: Sequence[str]) -> Opened:
+    """Open the run of a configuration (with its task: it can featurize) or of a folder."""
+    config = _config(target, overrides)
+    if config is None:
+        return Opened(tda.open(Path(target)), None)
+    if not config.path.exists():
+        raise StoreError(
+            "this workload has no run yet", where=config.path, do=f"tda index {target}"
+        )
+    return Opened(tda.open(config.path, task=task_of(config)), config)
+
+
+def _add_queries(run: Run, config: Config, name: str) -> str:
+    """Featurize the query set ``name`` of ``config``, unless the run holds it already."""
+    size = config.index.batch_size
+    batch = {} if size is None else {"batch_size": size}
+    return run.add_queries(config.build_queries(name), name, progress=True, **batch)
+
+
+def find_path(target: str, overrides: Sequence[str]) -> Path:
+    """The run's folder, without running the configuration's code."""
+    config = _config(target, overrides)
+    return Path(target) if config is None else config.path
+
+
+def task_of(config: Config) -> Task:
+    """The task that the configuration's code builds. Raises ConfigError if it is something else."""
+    from tda.task import Task
+
+    task = config.build_task()
+    if not isinstance(task, Task):
+        raise ConfigError(
+            f"{config.workload.task} did not build a task",
+            where="[workload] task",
+            found=type(task).__name__,
+            wanted="a function that returns a tda.Task",
+        )
+    return task
+
+
+def index_workload(config: Config) -> Path:
+    """Index the training set and every query set of ``config``; the run's folder."""
+    task, train = task_of(config), config.build_train()
+    run = tda.index(task, train, config.path, **config.index_arguments())
+    for name in config.workload.queries:
+        _add_queries(run, config, name)
+    return Path(run.store.path)
+
+
+def digits_demo() -> Callable[[Path], Path]:
+    """``demo`` of jobs/digits.py: the checkout's, or the one a wheel installs as share/tda/jobs."""
+    job = next((path for path in _digits_jobs() if path.is_file()), None)
+    if job is None:
+        raise ConfigError(
+            "the demo's job is not part of this installation",
+            wanted=" or ".join(map(str, _digits_jobs())),
+            do="reinstall tda-engine",
+        )
+    return load_code(f"{job.resolve()}:demo", job.parent)
+
+
+def _digits_jobs() -> list[Path]:
+    checkout = Path(tda.__file__).parents[1] / "jobs" / "digits.py"
+    try:
+        shipped = files("tda-engine") or []
+    except PackageNotFoundError:  # a checkout on the path, never installed
+        shipped = []
+    return [checkout, *(Path(str(f.locate())) for f in shipped if f.match("tda/jobs/digits.py"))]
+
+
+def _config(target: str, overrides: Sequence[str]) -> Config | None:
+    if target.endswith(".toml"):
+        return load_config(target, overrides)
+    if overrides:
+        raise ConfigError(
+            "only a configuration can be overridden",
+            where="--set",
+            found=target,
+            wanted="a .toml file in place of the run's folder",
+        )
+    return None

@@ -1,0 +1,353 @@
+"""One TOML file a workload: what to index, with which projection, and which questions to ask.
+
+    [run]         path
+    [workload]    task, train, queries = {name = ...}, options = {...}
+    [projection]  kind, dim, seed
+    [index]       dtype, batch_size, chunk_rows
+    [query]       recipe, k
+
+``task``, ``train`` and every entry of ``queries`` name Python code that builds the thing:
+``module:function`` or ``file.py:function``, a file relative to the configuration's own folder or to
+the current directory. **Using a configuration therefore runs code**; read one before you use it.
+``options`` are keyword arguments: each function is given those it has a parameter for, and the
+run's path when it has a parameter ``run_path`` (to keep its checkpoints with the run, say).
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import re
+import sys
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+)
+
+from tda.errors import ConfigError
+
+_CODE = (
+    "module:function, or file.py:function with the file relative to the configuration's folder "
+    "or to the current directory"
+)
+
+
+def _code(value: str) -> str:
+    module, _, function = value.rpartition(":")
+    if not module or not function.isidentifier():
+        raise ValueError(f"wanted code as {_CODE}")
+    return value
+
+
+def _query_name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", value):
+        raise ValueError("a query set's name becomes a folder: letters, digits, '_', '.', '-'")
+    return value
+
+
+Code = Annotated[str, AfterValidator(_code)]
+QueryName = Annotated[str, AfterValidator(_query_name)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class RunSection(_Section):
+    """Where the finished run is written, relative to the current directory."""
+
+    path: str = Field(min_length=1)
+
+
+class WorkloadSection(_Section):
+    """The code that builds the task and the data sets."""
+
+    task: Code
+    train: Code
+    queries: dict[QueryName, Code] = {}
+    options: dict[str, Any] = {}
+
+
+class ProjectionSection(_Section):
+    """How per-example gradients become rows: proj_dim numbers, the same for the same seed."""
+
+    kind: str = "count_sketch"
+    dim: PositiveInt = 2048
+    seed: NonNegativeInt = 0
+
+
+class IndexSection(_Section):
+    """How rows are computed and stored; none of it changes a score beyond rounding."""
+
+    dtype: Literal["bfloat16", "float32", "int8"] = "bfloat16"
+    batch_size: PositiveInt | None = None
+    chunk_rows: PositiveInt | None = None
+
+
+class QuerySection(_Section):
+    """What is asked when the command line does not say."""
+
+    recipe: str = "influence"
+    k: PositiveInt = 10
+
+
+class Config(_Section):
+    """A validated workload. ``folder`` is where its file lies: code files are looked up there."""
+
+    run: RunSection
+    workload: WorkloadSection
+    projection: ProjectionSection = ProjectionSection()
+    index: IndexSection = IndexSection()
+    query: QuerySection = QuerySection()
+    folder: Path = Field(default=Path(), exclude=True)
+
+    @property
+    def path(self) -> Path:
+        return Path(self.run.path)
+
+    def index_arguments(self) -> dict[str, Any]:
+        """The keyword arguments of ``tda.index`` that this configuration decides."""
+        return {
+            "projection": self.projection.kind,
+            "proj_dim": self.projection.dim,
+            "seed": self.projection.seed,
+            **self.index.model_dump(exclude_none=True),
+        }
+
+    def build_task(self) -> Any:
+        return self._build(self.workload.task)
+
+    def build_train(self) -> Any:
+        return self._build(self.workload.train)
+
+    def build_queries(self, name: str) -> Any:
+        """The query set ``name``. Raises ConfigError, with the names there are, for another."""
+        if name not in self.workload.queries:
+            known = list(self.workload.queries)
+            raise ConfigError(
+                f"no query set is called {name!r}",
+                where="[workload] queries",
+                found=name,
+                wanted=", ".join(known) or "none is named in the configuration",
+                do=_did_you_mean(name, known),
+            )
+        return self._build(self.workload.queries[name])
+
+    def _build(self, reference: str) -> Any:
+        self._check_options()
+        function = load_code(reference, self.folder)
+        options = {"run_path": self.run.path, **self.workload.options}
+        return function(**_accepted(function, options))
+
+    def _check_options(self) -> None:
+        """Every option must reach some function: one that none takes is a spelling mistake."""
+        if not self.workload.options:
+            return
+        work = self.workload
+        references = {work.task, work.train, *work.queries.values()}
+        functions = [load_code(reference, self.folder) for reference in sorted(references)]
+        taken = {name for f in functions for name in _accepted(f, work.options)}
+        for name in work.options:
+            if name not in taken:
+                known = sorted({p for f in functions for p in inspect.signature(f).parameters})
+                raise ConfigError(
+                    f"no function of this workload takes the option {name!r}",
+                    where=f"[workload] options.{name}",
+                    wanted=", ".join(known) or "no option: the functions take no arguments",
+                    do=_did_you_mean(name, known),
+                )
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read and validate the TOML file ``path``; each override is ``"section.key=value"``.
+
+    Raises ConfigError that names the file, line and key of the first fault.
+    """
+    file = Path(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+        data = tomllib.loads(text)
+    except OSError as error:
+        raise ConfigError(
+            "the configuration cannot be read", where=file, found=error.strerror
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError("the configuration is not TOML", where=file, found=error) from error
+    overridden = {_override(data, override) for override in overrides}
+    if "folder" in data:  # a field of ours, not a key of the file
+        raise _unknown_key(file, text, ("folder",))
+    try:
+        return Config.model_validate({**data, "folder": file.resolve().parent})
+    except ValidationError as error:
+        raise _explain(error, file, text, overridden) from error
+
+
+def load_code(reference: str, folder: Path) -> Callable[..., Any]:
+    """The function named by ``module:function`` or ``file.py:function`` (this runs its module)."""
+    module_name, _, name = reference.rpartition(":")
+    if module_name.endswith(".py"):
+        module = _load_file(module_name, reference, folder)
+    else:
+        module = _load_module(module_name, reference, folder)
+    function = getattr(module, name, None)
+    if not callable(function):
+        known = [key for key, value in vars(module).items() if inspect.isfunction(value)]
+        raise ConfigError(
+            f"{module_name} has no function {name!r}",
+            where=reference,
+            wanted=", ".join(key for key in known if not key.startswith("_")) or None,
+            do=_did_you_mean(name, known),
+        )
+    return function
+
+
+def _load_file(module_name: str, reference: str, folder: Path) -> ModuleType:
+    candidates = [folder / module_name, Path.cwd() / module_name]
+    file = next((c.resolve() for c in candidates if c.is_file()), None)
+    if file is None:
+        raise ConfigError(
+            f"there is no file {module_name}",
+            where=reference,
+            found="neither " + " nor ".join(str(c) for c in candidates),
+            wanted=_CODE,
+        )
+    # One module object a file, so that task, train and queries of one job share what they loaded.
+    key = f"tda._workload.{file}"
+    if key in sys.modules:
+        return sys.modules[key]
+    spec = importlib.util.spec_from_file_location(key, file)
+    assert spec is not None and spec.loader is not None, file
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[key] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[key]
+        raise
+    return module
+
+
+def _load_module(module_name: str, reference: str, folder: Path) -> ModuleType:
+    # Appended, so that a file that happens to lie here never stands in for an installed package.
+    sys.path.extend(p for p in (str(folder), str(Path.cwd())) if p not in sys.path)
+    try:
+        return importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not module_name.startswith(error.name):
+            raise  # the module is there; something that it imports is not
+        raise ConfigError(
+            f"there is no module {module_name!r}",
+            where=reference,
+            wanted=_CODE,
+            do="install the module, or name its file: path/to/file.py:function",
+        ) from error
+
+
+def _accepted(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    parameters = inspect.signature(function).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return dict(options)
+    return {name: value for name, value in options.items() if name in parameters}
+
+
+def _override(data: dict[str, Any], override: str) -> tuple[str, ...]:
+    """Put ``a.b=value`` into ``data``; a value that is not TOML is taken as a string."""
+    key, equals, value = override.partition("=")
+    parts = tuple(part.strip() for part in key.split("."))
+    if not equals or len(parts) < 2 or not all(parts):
+        raise ConfigError(
+            "an override could not be read",
+            where="--set",
+            found=override,
+            wanted="section.key=value, for example projection.dim=4096",
+        )
+    try:
+        parsed = tomllib.loads(f"value = {value.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value.strip()
+    table = data
+    for part in parts[:-1]:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"{part!r} is not a section", where="--set", found=override)
+    table[parts[-1]] = parsed
+    return parts
+
+
+def _explain(
+    error: ValidationError, file: Path, text: str, overridden: set[tuple[str, ...]]
+) -> ConfigError:
+    fault = error.errors(include_url=False)[0]
+    location = tuple(str(part) for part in fault["loc"] if part != "[key]")
+    where = "--set" if location in overridden else _place(file, text, location)
+    dotted = ".".join(location)
+    if fault["type"] == "extra_forbidden":
+        return _unknown_key(where, text, location)
+    if fault["type"] == "missing":
+        return ConfigError(f"the configuration lacks {dotted}", where=where, wanted=dotted)
+    return ConfigError(
+        f"the configuration's {dotted} is not valid",
+        where=where,
+        found=repr(fault["input"]),
+        wanted=fault["msg"].removeprefix("Value error, "),
+    )
+
+
+def _unknown_key(where: object, text: str, location: tuple[str, ...]) -> ConfigError:
+    *sections, key = location
+    model: type[BaseModel] = Config
+    for section in sections:
+        annotation = model.model_fields[section].annotation
+        assert isinstance(annotation, type), location
+        model = annotation
+    known = [name for name in model.model_fields if name != "folder"]
+    return ConfigError(
+        f"the configuration has an unknown {'key' if sections else 'section'} {'.'.join(location)}",
+        where=where,
+        found=key,
+        wanted=", ".join(known),
+        do=_did_you_mean(key, known),
+    )
+
+
+def _did_you_mean(found: str, known: Sequence[str]) -> str | None:
+    close = difflib.get_close_matches(found, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else None
+
+
+def _place(file: Path, text: str, location: tuple[str, ...]) -> str:
+    """``file:line`` of the key, found by reading the TOML line by line; ``file`` when not found."""
+    section: tuple[str, ...] = ()
+    best = None
+    for number, line in enumerate(text.splitlines(), start=1):
+        header = re.match(r"\s*\[([^\[\]]+)\]", line)
+        key = re.match(r"\s*([\w.\"'-]+)\s*=", line)
+        if header:
+            section = _split(header[1])
+            here = section
+        elif key:
+            here = (*section, *_split(key[1]))
+        else:
+            continue
+        if here[: len(location)] == location:  # also a dotted key that opens the table meant
+            return f"{file}:{number}"
+        if here and here == location[: len(here)]:
+            best = number  # the section, or the inline table, that holds the key
+    return f"{file}:{best}" if best else str(file)
+
+
+def _split(dotted: str) -> tuple[str, ...]:
+    return tuple(part.strip().strip("\"'") for part in dotted.split("."))

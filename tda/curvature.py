@@ -1,0 +1,136 @@
+"""Second moments of stored rows: H = (1/n) Σ_i h_i x_i x_iᵀ, as sums that merge.
+
+n rows x_i [k], weights h_i ≥ 0. A sum over some of the rows is a finished value; those of batches,
+chunks and workers ``merge`` in any order. Only the division by n, in ``mean``, makes it a mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+TILE_BYTES = 32 * 2**20  # float32 rows of one tile: large enough for BLAS, small enough for caches
+EXACT_FLOPS = 2**32  # below this a curvature is taken in float64: it costs a second at most
+
+
+class Rows(Protocol):
+    """What is asked of a table of examples here (see ``tda.store.Table``)."""
+
+    @property
+    def num_rows(self) -> int: ...
+    @property
+    def dim(self) -> int: ...
+    @property
+    def chunk_rows(self) -> int: ...
+    def rows(self, checkpoint: int, start: int, stop: int) -> Tensor: ...
+
+
+def row_ranges(table: Rows, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int]]:
+    """Cuts [start, stop) into ranges that end at chunk borders, of about ``TILE_BYTES`` each."""
+    stop = table.num_rows if stop is None else stop
+    chunks = max(1, TILE_BYTES // (4 * table.dim * table.chunk_rows))
+    step = chunks * table.chunk_rows
+    while start < stop:
+        border = min(stop, (start // step + 1) * step)
+        yield start, border
+        start = border
+
+
+@dataclass(frozen=True)
+class Gram:
+    """Σ h_i x_i x_iᵀ [k, k] float64 over ``count`` rows, and the precision its products had."""
+
+    total: Tensor
+    count: int
+    eps: float = 0.0
+
+    @staticmethod
+    def zero(dim: int) -> Gram:
+        return Gram(torch.zeros(dim, dim, dtype=torch.float64), 0)
+
+    def add(self, rows: Tensor, weights: Tensor) -> Gram:
+        """With rows [r, k] and weights [r] ≥ 0; products in the dtype of the rows, sums in float64.
+
+        Weights are divided by their largest before the root: a fully fitted model has slopes whose
+        squares leave the range of float32.
+        """
+        largest = weights.max() if len(weights) else weights.new_zeros(())
+        eps = max(self.eps, torch.finfo(rows.dtype).eps)
+        if largest == 0:
+            return Gram(self.total, self.count + len(rows), eps)
+        scaled = rows * (weights / largest).sqrt().to(rows.dtype)[:, None]
+        product = (scaled.T @ scaled).double().mul_(largest.double())
+        return Gram(product.add_(self.total), self.count + len(rows), eps)
+
+    def merge(self, other: Gram) -> Gram:
+        return Gram(self.total + other.total, self.count + other.count, max(self.eps, other.eps))
+
+    def mean(self) -> Tensor:
+        """H [k, k] float64."""
+        return self.total / self.count
+
+
+@dataclass(frozen=True)
+class Diagonal:
+    """Σ h_i x_i² [k] float64 over ``count`` rows: the diagonal of ``Gram``."""
+
+    total: Tensor
+    count: int
+
+    @staticmethod
+    def zero(dim: int) -> Diagonal:
+        return Diagonal(torch.zeros(dim, dtype=torch.float64), 0)
+
+    def add(self, rows: Tensor, weights: Tensor) -> Diagonal:
+        """With rows [r, k] and weights [r] ≥ 0."""
+        squares = rows.double().square()
+        return replace(
+            self, total=self.total + weights.double() @ squares, count=self.count + len(rows)
+        )
+
+    def merge(self, other: Diagonal) -> Diagonal:
+        return Diagonal(self.total + other.total, self.count + other.count)
+
+    def mean(self) -> Tensor:
+        """diag(H) [k] float64."""
+        return self.total / self.count
+
+
+@dataclass(frozen=True)
+class WeightedRows:
+    """√h_i·x_i [n, k] float64, all of them: H = XᵀX/n through its dual, the kernel XXᵀ/n [n, n]."""
+
+    rows: Tensor
+
+    @property
+    def count(self) -> int:
+        return len(self.rows)
+
+
+def gram(table: Rows, checkpoint: int, weights: Tensor) -> Gram | WeightedRows:
+    """The whole second moment of a table's rows, weights [n]; in its dual form when n < k.
+
+    One pass over the table. Raises StoreError if a chunk is missing or altered.
+    """
+    n, k = table.num_rows, table.dim
+    exact = n * min(n, k) * k < EXACT_FLOPS
+    if n < k:
+        parts = [table.rows(checkpoint, *span).double() for span in row_ranges(table)]
+        return WeightedRows(torch.cat(parts).mul_(weights.double().sqrt()[:, None]))
+    total = Gram.zero(k)
+    for start, stop in row_ranges(table):
+        rows = table.rows(checkpoint, start, stop)
+        total = total.add(rows.double() if exact else rows, weights[start:stop])
+    return total
+
+
+def diagonal(table: Rows, checkpoint: int, weights: Tensor) -> Diagonal:
+    """The diagonal of the second moment of a table's rows, weights [n]; one pass."""
+    total = Diagonal.zero(table.dim)
+    for start, stop in row_ranges(table):
+        total = total.add(table.rows(checkpoint, start, stop), weights[start:stop])
+    return total

@@ -1,0 +1,310 @@
+"""Data sets: any map-style data set, seen as examples with stable ids and a few columns.
+
+An example is what ``dataset[i]`` returns: a tuple ``(input, target)``, a dict with ``input`` and
+``target``, or a Hugging Face style dict (``input_ids``, ``attention_mask``, ``labels``, …).
+In a dict the keys ``id``, ``source``, ``group``, ``text`` and ``image`` ride along: they are kept
+with the run and shown in the report, and never reach the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import default_collate
+
+from tda.errors import DataError
+
+RIDE_ALONG = ("id", "source", "group", "text", "image")
+_TARGETS = ("target", "labels", "label")
+_DIGEST_BYTES = 16
+_MAX_TEXT = 2000
+
+Batch = tuple[Any, ...] | dict[str, Any]
+
+
+class Dataset(Protocol):
+    """A map-style data set."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What is known of a data set without its model.
+
+    ids: ``[example]`` unique strings; digests: ``[example, 16]`` uint8, of what the model sees;
+    columns: those of ``label``, ``source``, ``group``, ``text``, ``image`` that are present.
+    """
+
+    ids: np.ndarray
+    digests: np.ndarray
+    columns: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def digest(self, start: int = 0, stop: int | None = None) -> str:
+        """Hex digest of the contents and ids of examples ``start:stop``, in order."""
+        state = hashlib.blake2b(digest_size=_DIGEST_BYTES)
+        state.update(np.ascontiguousarray(self.digests[start:stop]).tobytes())
+        state.update("\0".join(self.ids[start:stop].tolist()).encode())
+        return state.hexdigest()
+
+
+class _Arrays:
+    """Arrays with a common first axis, read as a data set of tuples."""
+
+    def __init__(self, arrays: Sequence[torch.Tensor]) -> None:
+        self.arrays = arrays
+
+    def __len__(self) -> int:
+        return len(self.arrays[0])
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
+        return tuple(array[index] for array in self.arrays)
+
+
+class _Rows:
+    """A dict of arrays or lists with a common first axis, read as a data set of dicts."""
+
+    def __init__(self, arrays: Mapping[str, Any]) -> None:
+        self.arrays = arrays
+
+    def __len__(self) -> int:
+        return len(next(iter(self.arrays.values())))
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {name: array[index] for name, array in self.arrays.items()}
+
+
+def as_dataset(data: Any) -> Dataset:
+    """A data set from a map-style data set, an array, or a tuple or dict of arrays.
+
+    Raises DataError when ``data`` is none of these, is empty, or its arrays differ in length.
+    """
+    if isinstance(data, np.ndarray | torch.Tensor):
+        data = (data,)
+    if isinstance(data, tuple) and all(isinstance(a, np.ndarray | torch.Tensor) for a in data):
+        _same_length({f"array {i}": a for i, a in enumerate(data)})
+        dataset: Any = _Arrays([torch.as_tensor(a) for a in data])
+    elif isinstance(data, Mapping) and data:
+        _same_length(data)
+        dataset = _Rows(data)
+    else:
+        dataset = data
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise DataError(
+            "this is not a map-style data set",
+            found=type(data).__name__,
+            wanted="an object with __len__ and __getitem__, or arrays with a common first axis",
+            do="wrap an iterable data set in a list, or in a torch.utils.data.Dataset",
+        )
+    if len(dataset) == 0:
+        raise DataError("the data set is empty", found="0 examples", wanted="at least 1")
+    return dataset
+
+
+def _same_length(arrays: Mapping[Any, Any]) -> None:
+    lengths = {name: len(array) for name, array in arrays.items()}
+    if len(set(lengths.values())) > 1:
+        raise DataError(
+            "the arrays differ in length",
+            found=", ".join(f"{name}: {length}" for name, length in lengths.items()),
+            wanted="the same number of examples in each",
+        )
+
+
+def split(example: Any) -> tuple[Any, dict[str, Any]]:
+    """An example as (what the model and the measurement see, what rides along)."""
+    if isinstance(example, Mapping):
+        extras = {name: example[name] for name in RIDE_ALONG if example.get(name) is not None}
+        content = {k: _tensor(v) for k, v in example.items() if k not in RIDE_ALONG}
+        if "target" in content and "label" in content:  # then the label is only shown
+            extras["label"] = content.pop("label")
+        target = next((content[k] for k in _TARGETS if k in content), None)
+    else:
+        values = example if isinstance(example, tuple | list) else (example,)
+        content = tuple(_tensor(value) for value in values)
+        extras = {}
+        target = content[-1] if len(content) > 1 else None
+    if "label" not in extras and isinstance(target, torch.Tensor) and target.numel() == 1:
+        extras["label"] = target
+    return content, extras
+
+
+def _tensor(value: Any) -> Any:
+    if isinstance(value, str | bytes | torch.Tensor | Mapping):
+        return value
+    if isinstance(value, bool | int | float | np.ndarray | np.generic | list | tuple):
+        tensor = torch.as_tensor(np.asarray(value))
+        # A Python float is a float32 to every model; an array keeps the type it was given.
+        return tensor.float() if isinstance(value, float) else tensor
+    return value
+
+
+def _digest(content: Any, state: Any) -> None:
+    if isinstance(content, torch.Tensor):
+        array = content.detach().cpu().contiguous()
+        state.update(f"{array.dtype}{tuple(array.shape)}".encode())
+        state.update(array.reshape(-1).view(torch.uint8).numpy().data)
+    elif isinstance(content, Mapping):
+        for name in sorted(content):
+            state.update(f"{name}=".encode())
+            _digest(content[name], state)
+    elif isinstance(content, tuple | list):
+        for part in content:
+            _digest(part, state)
+    else:
+        state.update(repr(content).encode())
+
+
+def describe(
+    dataset: Dataset, tick: Callable[[int], None] = lambda done: None
+) -> tuple[Examples, int]:
+    """Read a data set once: ids, content digests and columns; and the bytes of one example.
+
+    An id that is not given is the digest of the content; the second of two equal examples gets
+    the suffix ``.1``, and so on. ``tick(done)`` is called after each example.
+    Raises DataError when given ids repeat, or an example cannot be read.
+    """
+    digests = np.empty((len(dataset), _DIGEST_BYTES), np.uint8)
+    extras: list[dict[str, Any]] = []
+    num_bytes = 0
+    for index in range(len(dataset)):
+        content, extra = split(read(dataset, index))
+        state = hashlib.blake2b(digest_size=_DIGEST_BYTES)
+        _digest(content, state)
+        digests[index] = np.frombuffer(state.digest(), np.uint8)
+        extras.append(extra)
+        num_bytes = max(num_bytes, _size(content))
+        tick(index + 1)
+    columns = {
+        name: _column(name, [extra.get(name) for extra in extras])
+        for name in ("label", "source", "group", "text", "image")
+        if any(name in extra for extra in extras)
+    }
+    return Examples(_ids(extras, digests), digests, columns), num_bytes
+
+
+def read(dataset: Dataset, index: int) -> Any:
+    """``dataset[index]``; a failure becomes a DataError that names the example."""
+    try:
+        return dataset[index]
+    except (KeyboardInterrupt, DataError):
+        raise
+    except Exception as error:
+        raise DataError(
+            f"example {index} of the data set cannot be read",
+            found=f"{type(error).__name__}: {error}",
+            do="mend the data set; what was finished before is kept and the same call resumes",
+        ) from error
+
+
+def _size(content: Any) -> int:
+    if isinstance(content, torch.Tensor):
+        return content.nbytes
+    if isinstance(content, Mapping):
+        return sum(map(_size, content.values()))
+    return sum(map(_size, content)) if isinstance(content, tuple | list) else 0
+
+
+def _ids(extras: list[dict[str, Any]], digests: np.ndarray) -> np.ndarray:
+    if any("id" in extra for extra in extras):
+        ids = [str(extra["id"]) if "id" in extra else None for extra in extras]
+        if None in ids:
+            raise DataError("an example has no id while others have one", where=ids.index(None))
+        repeated = [f"{name!r} ({n} times)" for name, n in Counter(ids).items() if n > 1]
+        if repeated:
+            raise DataError(
+                "example ids repeat",
+                found=", ".join(repeated[:5]),
+                wanted="one id an example",
+                do="make the ids unique, or leave them out: content hashes are used then",
+            )
+        return np.array(ids, dtype=np.str_)
+    seen: Counter[str] = Counter()
+    names = []
+    for digest in digests:
+        name = digest.tobytes().hex()
+        names.append(f"{name}.{seen[name]}" if seen[name] else name)
+        seen[name] += 1
+    return np.array(names, dtype=np.str_)
+
+
+def _column(name: str, values: list[Any]) -> np.ndarray:
+    if name == "label":
+        labels = np.array([np.nan if v is None else float(v) for v in values])
+        whole = np.isfinite(labels).all() and (labels == np.round(labels)).all()
+        return labels.astype(np.int64 if whole else np.float32)
+    if name == "image":
+        return _pictures(values)
+    return np.array(["" if v is None else str(v)[:_MAX_TEXT] for v in values], dtype=np.str_)
+
+
+def _pictures(values: list[Any]) -> np.ndarray:
+    pictures = [_picture(np.asarray(value)) for value in values if value is not None]
+    shapes = {picture.shape for picture in pictures}
+    if len(pictures) != len(values) or len(shapes) != 1:
+        raise DataError(
+            "the images that ride along cannot be kept",
+            found=f"{len(pictures)} images of shapes {sorted(shapes)[:4]}",
+            wanted=f"{len(values)} images of one shape",
+            do="give every example an `image` of the same size (a thumbnail will do)",
+        )
+    return np.stack(pictures)
+
+
+def _picture(image: np.ndarray) -> np.ndarray:
+    """uint8 ``[H, W]`` or ``[H, W, 3]`` from grey or RGB, channels first or last, 0–1 or 0–255."""
+    if image.ndim == 3 and image.shape[0] in (1, 3) and image.shape[2] not in (1, 3):
+        image = np.moveaxis(image, 0, 2)
+    if image.ndim == 3 and image.shape[2] == 1:
+        image = image[:, :, 0]
+    if image.ndim != 2 and not (image.ndim == 3 and image.shape[2] == 3):
+        raise DataError(
+            "an `image` is not a picture",
+            found=f"shape {image.shape}",
+            wanted="[H, W], [H, W, 1 or 3] or [1 or 3, H, W]",
+        )
+    if image.dtype == np.uint8:
+        return image
+    return np.clip(np.rint(image * 255.0), 0, 255).astype(np.uint8)
+
+
+Collate = Callable[[list[Any]], Any]
+
+
+def collate(examples: list[Any], function: Collate | None = None) -> Batch:
+    """A batch of examples as the model sees them: ride-along keys dropped, the rest stacked.
+
+    Raises DataError when the examples differ in shape.
+    """
+    contents = [split(example)[0] for example in examples]
+    try:
+        batch = (function or default_collate)(contents)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise DataError(
+            "examples of one batch cannot be stacked",
+            found=f"{type(error).__name__}: {str(error).splitlines()[0]}",
+            wanted="examples of equal shapes",
+            do="pad them, or give Task(..., collate=) a function from a list of examples to a "
+            "batch (padding that the model masks out does not change a score)",
+        ) from error
+    return tuple(batch) if isinstance(batch, list) else batch
+
+
+def batches(
+    dataset: Dataset, start: int, stop: int, batch_size: int, function: Collate | None = None
+) -> Iterator[tuple[int, Batch]]:
+    """(index of the first example, batch) over ``start:stop``; the last batch may be short."""
+    for first in range(start, stop, batch_size):
+        last = min(first + batch_size, stop)
+        yield first, collate([read(dataset, i) for i in range(first, last)], function)

@@ -1,0 +1,202 @@
+"""The featurizer: gradients → projection → rows in a store, chunk by chunk.
+
+A run is its missing chunks. `fill` computes them, each in full before it is written, so that a
+process killed at any moment loses the chunk it was at and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tda.data import Dataset, batches, collate, read
+from tda.errors import GradientError
+from tda.gradients import NUM_AUDITED, Consume, Factor, Gradients, shapes_of
+from tda.gradients.rules import InseparableError
+from tda.projection import Bases, Pilot, Projection, Projector
+from tda.store import Table
+from tda.task import Task
+
+_PILOT_EXAMPLES = 64
+Tick = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a store keeps of a batch at one checkpoint.
+
+    rows: ``[example, proj]``; columns: loss, p, slope, curvature, grad_norm, each ``[example]``;
+    embedding: ``[example, hidden]`` or None. All float32.
+    """
+
+    rows: Tensor
+    columns: dict[str, Tensor]
+    embedding: Tensor | None
+
+    @staticmethod
+    def concatenate(parts: list[Features]) -> Features:
+        """The features of several batches, in order."""
+        hidden = [p.embedding for p in parts if p.embedding is not None]
+        return Features(
+            torch.cat([p.rows for p in parts]),
+            {name: torch.cat([p.columns[name] for p in parts]) for name in parts[0].columns},
+            torch.cat(hidden) if hidden else None,
+        )
+
+
+class Featurizer:
+    """Turns batches into features, for one task and one projection.
+
+    ``at(checkpoint)`` loads the weights; then calling it on a batch gives `Features`.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.projector: Projector | None = None
+        self._checkpoint: int | None = None
+
+    @cached_property
+    def gradients(self) -> Gradients:
+        """The task's own copy of the model; made when first needed."""
+        task = self.task
+        return Gradients(task.model, task.measurement, task.device, task.autocast)
+
+    def at(self, checkpoint: int) -> None:
+        """Load the weights of a checkpoint, unless they are there already."""
+        if self._checkpoint != checkpoint:
+            self.gradients.load(self.task.checkpoints[checkpoint].load())
+            self._checkpoint = checkpoint
+
+    def probe(self, dataset: Dataset) -> int | None:
+        """Audit the gradients on a few examples at the last checkpoint; hidden layer's width."""
+        _, hidden = self._sample(dataset, NUM_AUDITED, lambda name, factors: None)
+        return None if hidden is None else hidden.shape[1]
+
+    def pilot(self, dataset: Dataset) -> Pilot:
+        """Gradient moments of a few examples at the last checkpoint."""
+        pilot = Pilot()
+        self.probe(dataset)
+        self._sample(dataset, _PILOT_EXAMPLES, pilot.add)
+        return pilot
+
+    def _sample(self, dataset: Dataset, count: int, consume: Consume) -> tuple[Tensor, Any]:
+        """Gradients of examples spread evenly over the data."""
+        self.at(len(self.task.checkpoints) - 1)
+        count = min(count, len(dataset))
+        picked = np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist()
+        batch = collate([read(dataset, i) for i in picked], self.task.collate)
+        return self.gradients(batch, count, consume)
+
+    def bind(self, projection: Projection, bases: Bases | None = None) -> Projector:
+        """Take a projection (with its bases, if it has any)."""
+        self.projector = projection.bind(shapes_of(self.task.model), bases)
+        return self.projector
+
+    def __call__(self, batch: Any, num_examples: int) -> Features:
+        """Features of one batch at the loaded checkpoint."""
+        projector = self.projector
+        assert projector is not None, "bind a projection first"
+        buffer = projector.zeros(num_examples).to(self.task.device)
+        square = torch.zeros(num_examples, device=self.task.device)
+
+        def consume(name: str, factors: list[Factor]) -> None:
+            square.add_(projector.add(buffer, name, factors))
+
+        output, hidden = self.gradients(batch, num_examples, consume)
+        with torch.no_grad():
+            link = self.task.measurement.link(output.float(), batch)
+        columns = {
+            "loss": link.loss,
+            "p": link.p,
+            "slope": link.slope,
+            "curvature": link.curvature,
+            "grad_norm": square.sqrt(),
+        }
+        return Features(
+            projector.rows(buffer).cpu(),
+            {name: values.detach().float().cpu() for name, values in columns.items()},
+            None if hidden is None else hidden.cpu(),
+        )
+
+
+def fill(
+    featurizer: Featurizer, table: Table, dataset: Dataset, batch_size: int, tick: Tick
+) -> None:
+    """Compute and write every missing chunk of a table. ``tick(examples)`` a batch.
+
+    Batches start at a chunk's first row, so a chunk's bytes do not depend on what was done before.
+    Raises GradientError naming the example whose loss or gradient is not finite.
+    """
+    for checkpoint, chunk in sorted(table.missing()):
+        featurizer.at(checkpoint)
+        start, stop = table.chunk_range(chunk)
+        parts = []
+        for first, batch in batches(dataset, start, stop, batch_size, featurizer.task.collate):
+            last = min(first + batch_size, stop)
+            try:
+                features = featurizer(batch, last - first)
+            except InseparableError as error:
+                raise GradientError(
+                    "a batch cannot be separated by example, though the first one could",
+                    where=f"examples {first}–{last - 1}",
+                    found=error,
+                    do="make the examples alike in shape, or index these on their own",
+                ) from error
+            _check_finite(features, table, first, checkpoint)
+            parts.append(features)
+            tick(last - first)
+        done = Features.concatenate(parts)
+        columns = {name: values.numpy() for name, values in done.columns.items()}
+        embedding = None if done.embedding is None else done.embedding.numpy()
+        table.write(checkpoint, chunk, done.rows.numpy(), columns, embedding)
+
+
+def _check_finite(features: Features, table: Table, first: int, checkpoint: int) -> None:
+    loss, norm = features.columns["loss"], features.columns["grad_norm"]
+    bad = ~(torch.isfinite(loss) & torch.isfinite(norm) & torch.isfinite(features.rows).all(1))
+    if not bad.any():
+        return
+    place = int(bad.nonzero()[0])
+    raise GradientError(
+        "the loss or the gradient of an example is not finite",
+        where=f"example {str(table.column('id')[first + place])!r} (row {first + place} of "
+        f"{table.name}), checkpoint {checkpoint}",
+        found=f"loss {float(loss[place]):g}, gradient norm {float(norm[place]):g}",
+        wanted="finite numbers",
+        do="mend or leave out the example, or check the checkpoint; finished chunks are kept and "
+        "the same call resumes",
+    )
+
+
+@contextmanager
+def progress_bar(description: str, total: int, show: bool) -> Iterator[Tick]:
+    """A bar on the terminal's error stream that counts examples."""
+    if not show or total == 0:
+        yield lambda count: None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("examples"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        job = progress.add_task(description, total=total)
+        yield lambda count: progress.advance(job, count)

@@ -1,0 +1,254 @@
+"""Per-example gradients of a measurement: activation × output gradient, one backward a batch.
+
+    factors.py   the gradient of one parameter at each example: Outer, Lookup, Dense
+    rules.py     from an operation and its output's gradient to factors
+    tap.py       finds every use of a parameter, in one forward and one backward
+    exact.py     vmap(vjp) and one-example loops: the fallback, and the audit's oracle
+
+`Gradients` ties them together and audits itself on the first batch it sees.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tda.errors import GradientError, TaskError
+from tda.gradients import exact
+from tda.gradients.factors import Dense, Factor, Lookup, Outer, materialise
+from tda.gradients.rules import InseparableError, matrix_shape
+from tda.gradients.tap import Consume, ModifiedError, factors_of
+from tda.measurements import Measurement
+
+__all__ = [
+    "NUM_AUDITED",
+    "Audit",
+    "Consume",
+    "Dense",
+    "Factor",
+    "Gradients",
+    "Lookup",
+    "Outer",
+    "shapes_of",
+]
+
+NUM_AUDITED = 8
+_TOLERANCE = {None: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What the first batch showed: the path taken, why, and the share of parameters in use."""
+
+    path: str
+    reason: str
+    covered: float
+
+    def __str__(self) -> str:
+        how = {"tap": "one backward", "vmap": "exact vmap", "loop": "one example at a time"}
+        because = f" ({self.reason})" if self.reason else ""
+        return f"gradients by {how[self.path]}{because}; {self.covered:.0%} of parameters in use"
+
+
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Each attributed parameter as a matrix ``[O, I]``, in the model's order; tied ones once."""
+    return {name: matrix_shape(p) for name, p in model.named_parameters() if p.requires_grad}
+
+
+class Gradients:
+    """Per-example gradients of ``measurement`` for a private copy of ``model``, in eval mode.
+
+    Dropout is off and batch norm uses its running statistics. Parameters with
+    ``requires_grad=False`` are left out. ``autocast`` is the dtype of the forward and backward
+    pass, or None for the model's own. The user's model is never changed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        measurement: Measurement,
+        device: str | torch.device = "cpu",
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        if not trained:
+            raise TaskError(
+                "the model has no parameter to attribute to",
+                found="requires_grad=False everywhere" if list(model.parameters()) else "none",
+                wanted="at least one parameter with requires_grad=True",
+            )
+        self.model = copy.deepcopy(model).eval().to(device)
+        self.parameters: dict[str, Tensor] = {
+            name: p for name, p in self.model.named_parameters() if name in set(trained)
+        }
+        self.measurement = measurement
+        self.device = torch.device(device)
+        self.autocast = autocast
+        self.audited: Audit | None = None
+        self._copied: frozenset[str] = frozenset()
+        self.model.requires_grad_(False)
+
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Take the weights of a checkpoint. Raises TaskError naming the keys that do not fit."""
+        try:
+            missing, unexpected = self.model.load_state_dict(weights, strict=False)
+        except RuntimeError as error:
+            raise TaskError(
+                "the checkpoint does not fit the model",
+                found=str(error).splitlines()[-1].strip(),
+                do="give the checkpoint of this model",
+            ) from error
+        state = self.model.state_dict(keep_vars=True)
+        given = {id(value) for name, value in state.items() if name in weights}
+        missing = [name for name in missing if id(state[name]) not in given]  # tied: once will do
+        if missing or unexpected:
+            raise TaskError(
+                "the checkpoint does not fit the model",
+                found=f"missing {missing[:5]}, unexpected {unexpected[:5]}",
+                wanted="the keys of model.state_dict()",
+                do="give the checkpoint of this model",
+            )
+
+    def __call__(self, batch: Any, num_examples: int, consume: Consume) -> tuple[Tensor, Any]:
+        """f ``[example]`` and the last hidden layer; ``consume(name, factors)`` a parameter.
+
+        The first batch is audited: its first 8 examples, each alone under plain autograd, must
+        have the gradients found here, else the exact path takes over. Raises GradientError where
+        the examples of a batch are not independent.
+        """
+        batch = _to(batch, self.device)
+        with self._precision():
+            if self.audited is None:
+                self.audited = self._audit(batch, num_examples)
+            return self._run(self.audited.path, batch, num_examples, consume)
+
+    @contextmanager
+    def _precision(self) -> Iterator[None]:
+        if self.autocast is None:
+            yield
+        else:
+            with torch.autocast(self.device.type, dtype=self.autocast):
+                yield
+
+    def _measure(self, model: nn.Module, batch: Any) -> Tensor:
+        output = self.measurement.output(model, batch)
+        if not isinstance(output, Tensor) or output.ndim != 1:
+            found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise TaskError(
+                f"measurement {self.measurement.name!r} does not give one scalar an example",
+                found=found,
+                wanted="a tensor [example]",
+                do='use reduction="none" and sum or average over everything but the examples',
+            )
+        return output
+
+    def _run(self, path: str, batch: Any, num_examples: int, consume: Consume):
+        if path == "tap":
+            return self._tap(batch, num_examples, consume)
+        function = exact.vmapped if path == "vmap" else exact.loop
+        return function(self.model, self.parameters, self._measure, batch, num_examples, consume)
+
+    def _tap(self, batch: Any, num_examples: int, consume: Consume):
+        # Consumed only when the whole batch went well: a retry must not count anything twice.
+        arrived: list[tuple[str, list[Factor]]] = []
+        streaming = self.audited is not None
+        while True:
+            try:
+                result = factors_of(
+                    self.model, self.parameters, self._measure, batch, num_examples,
+                    consume if streaming else lambda name, f: arrived.append((name, f)),
+                    self._copied,
+                )  # fmt: skip
+                break
+            except ModifiedError as change:
+                if streaming or change.name in self._copied:
+                    raise InseparableError(
+                        f"the input of {change.name} is changed in place"
+                    ) from None
+                self._copied |= {change.name}
+                arrived.clear()
+        for name, factors in arrived:
+            consume(name, factors)
+        return result
+
+    def _audit(self, batch: Any, num_examples: int) -> Audit:
+        outputs, wanted = self._alone(batch, num_examples)
+        used = sum(p.numel() for n, p in self.parameters.items() if any(w[n].any() for w in wanted))
+        covered = used / sum(p.numel() for p in self.parameters.values())
+        self._check_independence(batch, outputs)
+        reason = ""
+        for path in ("tap", "vmap"):
+            try:
+                fault = self._compare(path, batch, num_examples, wanted)
+            except (InseparableError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+                fault = (str(error).splitlines() or [type(error).__name__])[0]
+            if not fault:
+                return Audit(path, reason, covered)
+            reason = reason or fault
+        return Audit("loop", reason, covered)
+
+    def _alone(self, batch: Any, num_examples: int) -> tuple[Tensor, list[dict[str, Tensor]]]:
+        """f and ∇f of examples by plain autograd, each in a batch of its own."""
+        count = min(NUM_AUDITED, num_examples)
+        try:
+            pairs = [
+                exact.gradient(
+                    self.model,
+                    self.parameters,
+                    self._measure,
+                    exact.example_of(batch, index, num_examples),
+                )
+                for index in range(count)
+            ]
+        except ValueError as error:  # batch norm on one example
+            raise GradientError(
+                "an example cannot be evaluated alone",
+                found=str(error).splitlines()[0],
+                wanted="a model whose output for an example does not depend on its batch",
+                do="replace batch norm without running statistics",
+            ) from error
+        return torch.cat([output for output, _ in pairs]), [grads for _, grads in pairs]
+
+    def _check_independence(self, batch: Any, alone: Tensor) -> None:
+        with torch.no_grad():
+            together = self._measure(self.model, batch)[: len(alone)].float()
+        scale = float(alone.float().abs().max().clamp(min=1e-3))
+        error = float((together - alone.float()).abs().max()) / scale
+        if error > 10 * _TOLERANCE[self.autocast]:  # NaN compares false
+            raise GradientError(
+                "the model mixes the examples of a batch: they have no gradients of their own",
+                found=f"an output that changes by {error:.1e} when the example is alone",
+                wanted="a model whose output for an example does not depend on its batch",
+                do="look for statistics, attention or losses taken over the batch axis",
+            )
+
+    def _compare(self, path: str, batch: Any, num_examples: int, wanted: list[dict]) -> str:
+        """The parameter whose gradient is wrong and by how much, or an empty string."""
+        found: dict[str, Tensor] = {}
+
+        def keep(name: str, factors: list[Factor]) -> None:
+            found[name] = materialise(factors)[: len(wanted)]
+
+        self._run(path, batch, num_examples, keep)
+        tolerance = _TOLERANCE[self.autocast]
+        for index, grads in enumerate(wanted):
+            scale = sum(float(g.float().square().sum()) for g in grads.values()) ** 0.5
+            for name, grad in grads.items():
+                own = found[name][index].reshape(grad.shape) if name in found else 0.0
+                error = float((own - grad.float()).norm())
+                # NaN compares false: a non-finite gradient is the featurizer's to report.
+                if error > tolerance * max(float(grad.norm()), 1e-3 * scale):
+                    return f"{name} is not separable by example (error {error / scale:.1e})"
+        return ""
+
+
+def _to(batch: Any, device: torch.device) -> Any:
+    return torch.utils._pytree.tree_map(
+        lambda v: v.to(device) if isinstance(v, Tensor) else v, batch
+    )

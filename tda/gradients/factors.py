@@ -1,0 +1,134 @@
+"""The gradient of one parameter at each example of a batch, kept in the form it comes in.
+
+A parameter of shape ``[O, …]`` is the matrix ``[O, I]``. Its gradient G at one example is
+
+    Outer    G = Σ_t left_t ⊗ right_t       weights of linear layers and convolutions
+    Lookup   G = Σ_t onehot(index_t) ⊗ value_t        embeddings
+    Dense    G                              everything else
+
+and is never stored whole: ``rows`` gives a slice of it, ``compress`` gives L·G·Rᵀ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Outer:
+    """left ``[example, position, group, O/groups]``, right ``[example, position, group, I]``."""
+
+    left: Tensor
+    right: Tensor
+
+    @property
+    def num_examples(self) -> int:
+        return len(self.left)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.left.shape[2] * self.left.shape[3], self.right.shape[3]
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """G[start:stop] at each example, ``[example, stop-start, I]`` float32."""
+        left, right = self.left.float(), self.right.float()
+        if left.shape[2] == 1:
+            return torch.bmm(left[:, :, 0, start:stop].mT, right[:, :, 0])
+        whole = torch.einsum("btgo,btgi->bgoi", left, right)
+        return whole.flatten(1, 2)[:, start:stop]
+
+    def compress(self, left_basis: Tensor, right_basis: Tensor) -> Tensor:
+        """``[example, m, r]`` from bases ``[m, O]`` and ``[r, I]``."""
+        num_groups, size = self.left.shape[2:]
+        left = torch.einsum(
+            "mgo,btgo->btgm", left_basis.reshape(-1, num_groups, size), self.left.float()
+        )
+        right = self.right.float() @ right_basis.T
+        return torch.bmm(left.flatten(1, 2).mT, right.flatten(1, 2))
+
+    def square_norm(self) -> Tensor | None:
+        """‖G‖² ``[example]`` = Σ_ts ⟨left_t, left_s⟩⟨right_t, right_s⟩, where that is cheaper."""
+        _, num_positions, num_groups, size = self.left.shape
+        width = self.right.shape[3]
+        if num_groups > 1 or num_positions * (size + width) > size * width:
+            return None
+        left, right = self.left[:, :, 0].float(), self.right[:, :, 0].float()
+        return (torch.bmm(left, left.mT) * torch.bmm(right, right.mT)).sum((1, 2))
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """index ``[example, position]``, value ``[example, position, I]``, of an ``[O, I]`` table."""
+
+    index: Tensor
+    value: Tensor
+    num_rows: int
+
+    @property
+    def num_examples(self) -> int:
+        return len(self.index)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.num_rows, self.value.shape[2]
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        ids = torch.arange(start, stop, device=self.index.device)
+        return self.rows_at(ids)
+
+    def rows_at(self, ids: Tensor) -> Tensor:
+        """G[ids] at each example, ``[example, len(ids), I]`` float32; ids sorted."""
+        place = torch.searchsorted(ids, self.index).clamp(max=len(ids) - 1)
+        hit = ids[place] == self.index
+        batch, num_positions, width = self.value.shape
+        out = self.value.new_zeros((batch, len(ids), width), dtype=torch.float32)
+        value = torch.where(hit[:, :, None], self.value.float(), 0.0)
+        return out.scatter_add_(1, place[:, :, None].expand(batch, num_positions, width), value)
+
+    def compress(self, left_basis: Tensor, right_basis: Tensor) -> Tensor:
+        left = left_basis.T[self.index]
+        return torch.bmm(left.mT, self.value.float() @ right_basis.T)
+
+    def square_norm(self) -> Tensor | None:
+        value = self.value.float()
+        same = self.index[:, :, None] == self.index[:, None, :]
+        return (torch.bmm(value, value.mT) * same).sum((1, 2))
+
+
+@dataclass(frozen=True)
+class Dense:
+    """grad ``[example, O, I]``."""
+
+    grad: Tensor
+
+    @property
+    def num_examples(self) -> int:
+        return len(self.grad)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.grad.shape[1], self.grad.shape[2]
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return self.grad[:, start:stop].float()
+
+    def compress(self, left_basis: Tensor, right_basis: Tensor) -> Tensor:
+        return left_basis @ self.grad.float() @ right_basis.T
+
+    def square_norm(self) -> Tensor | None:
+        return self.grad.float().square().sum((1, 2))
+
+
+Factor = Outer | Lookup | Dense
+
+
+def materialise(factors: list[Factor]) -> Tensor:
+    """Σ of factors of one parameter, ``[example, O, I]`` float32."""
+    num_rows = factors[0].shape[0]
+    total = factors[0].rows(0, num_rows)
+    for factor in factors[1:]:
+        total = total + factor.rows(0, num_rows)
+    return total

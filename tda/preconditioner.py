@@ -1,0 +1,161 @@
+"""Functions of a curvature's eigenvalues, applied to the queries.
+
+One float64 eigendecomposition H = V diag(σ) Vᵀ serves every damping and every spectral function F:
+F(H) x = V F(σ) Vᵀx + F(0) (x − VVᵀx). The last term is the null space, exact and never stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tda.curvature import Diagonal, Gram, WeightedRows
+from tda.errors import RecipeError
+
+SpectralFunction = Callable[[Tensor], Tensor]  # σ [r] -> F(σ) [r], also at σ = 0
+
+
+def identity(eigenvalues: Tensor) -> Tensor:
+    """F(σ) = 1."""
+    return torch.ones_like(eigenvalues)
+
+
+def inverse(damping: float) -> SpectralFunction:
+    """F(σ) = 1/(σ + λ), λ in units of σ."""
+    return lambda eigenvalues: 1 / (eigenvalues + damping)
+
+
+def inverse_root(damping: float) -> SpectralFunction:
+    """F(σ) = 1/√(σ + λ), λ in units of σ."""
+    return lambda eigenvalues: (eigenvalues + damping).rsqrt()
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Eigenvalues σ [r] ≥ 0 and vectors V [k, r] of a curvature over n = ``count`` rows, float64.
+
+    ``vectors`` None: the coordinate axes (a diagonal curvature). Directions outside V have the
+    eigenvalue 0. Eigenvalues below ``resolution`` cannot be told from 0.
+    """
+
+    eigenvalues: Tensor
+    vectors: Tensor | None
+    dim: int
+    count: int
+    resolution: float = 0.0
+
+    @property
+    def trace(self) -> float:
+        return float(self.eigenvalues.sum())
+
+    @property
+    def full_rank(self) -> bool:
+        """Whether H can be inverted without damping."""
+        smallest = float(self.eigenvalues.min()) if len(self.eigenvalues) else 0.0
+        return len(self.eigenvalues) == self.dim and smallest > self.resolution
+
+    def apply(self, function: SpectralFunction, x: Tensor) -> Tensor:
+        """F(H) x for every row of x [m, k], in x's dtype."""
+        values = function(self.eigenvalues).to(x.dtype)
+        if self.vectors is None:
+            return x * values
+        vectors = self.vectors.to(x.dtype)
+        inside = x @ vectors
+        out = (inside * values) @ vectors.T
+        if len(values) < self.dim:
+            out += self._outside(function, x.dtype) * (x - inside @ vectors.T)
+        return out
+
+    def quadratic(self, function: SpectralFunction, x: Tensor) -> Tensor:
+        """xᵀF(H)x [m] float64 ≥ 0 for every row of x [m, k]; a sum of positive terms.
+
+        Products are in x's dtype, sums in float64: F of a small curvature leaves float32.
+        """
+        values = function(self.eigenvalues)
+        if self.vectors is None:
+            return x.square().double() @ values
+        vectors = self.vectors.to(x.dtype)
+        inside = x @ vectors
+        out = inside.square().double() @ values
+        if len(values) < self.dim:
+            rest = x - inside @ vectors.T
+            out += self._outside(function, torch.float64) * rest.square().sum(1).double()
+        return out
+
+    def _outside(self, function: SpectralFunction, dtype: torch.dtype) -> Tensor:
+        return function(self.eigenvalues.new_zeros(1)).to(dtype)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """For a cache; ``from_arrays`` is the way back."""
+        numbers = np.array([self.dim, self.count, self.resolution], np.float64)
+        arrays = {"eigenvalues": self.eigenvalues.numpy(), "numbers": numbers}
+        return arrays if self.vectors is None else {**arrays, "vectors": self.vectors.numpy()}
+
+    @staticmethod
+    def from_arrays(arrays: Mapping[str, np.ndarray]) -> Spectrum:
+        dim, count, resolution = arrays["numbers"].tolist()
+        vectors = torch.from_numpy(arrays["vectors"]) if "vectors" in arrays else None
+        eigenvalues = torch.from_numpy(arrays["eigenvalues"])
+        return Spectrum(eigenvalues, vectors, int(dim), int(count), resolution)
+
+
+def nothing(dim: int) -> Spectrum:
+    """The spectrum of H = 0: F(H) = F(0)·I, which for the identity function is I."""
+    empty = torch.zeros(0, dtype=torch.float64)
+    return Spectrum(empty, torch.zeros(dim, 0, dtype=torch.float64), dim, count=0)
+
+
+def decompose(moment: Gram | WeightedRows | Diagonal) -> Spectrum:
+    """The spectrum of a finished second moment; O(min(n, k)³)."""
+    if isinstance(moment, Diagonal):
+        return Spectrum(moment.mean(), None, len(moment.total), moment.count)
+    if isinstance(moment, WeightedRows):
+        return _decompose_dual(moment)
+    dim = len(moment.total)
+    eigenvalues, vectors = torch.linalg.eigh(moment.mean())
+    eigenvalues = eigenvalues.clamp_(min=0)
+    resolution = max(moment.eps * 8, _EPS * dim) * float(eigenvalues.sum())
+    return Spectrum(eigenvalues, vectors, dim, moment.count, resolution)
+
+
+def _decompose_dual(moment: WeightedRows) -> Spectrum:
+    """From XXᵀ/n = U diag(σ) Uᵀ: V = XᵀU/√(nσ); directions that σ does not resolve are left out."""
+    X, n = moment.rows, moment.count
+    eigenvalues, U = torch.linalg.eigh(X @ X.T / n)
+    resolution = _EPS * n * float(eigenvalues.clamp(min=0).sum())
+    kept = eigenvalues > resolution
+    eigenvalues, U = eigenvalues[kept], U[:, kept]
+    vectors = (X.T @ U) / (n * eigenvalues).sqrt()
+    return Spectrum(eigenvalues, vectors.contiguous(), X.shape[1], n, resolution)
+
+
+_EPS = torch.finfo(torch.float64).eps
+
+
+def absolute_damping(spectrum: Spectrum, damping: float | Literal["auto"], where: str) -> float:
+    """λ in units of the eigenvalues: damping · tr(H)/k, or tr(H)/n for "auto".
+
+    Raises RecipeError if H vanishes, or if it has to be damped and λ is 0.
+    """
+    if spectrum.trace == 0:
+        raise RecipeError(
+            "the curvature is zero: no training example has a gradient at this checkpoint",
+            where=where,
+            do="use a recipe without curvature (grad_dot, grad_cos), or an earlier checkpoint",
+        )
+    if damping == "auto":
+        return spectrum.trace / spectrum.count
+    if damping == 0 and not spectrum.full_rank:
+        rank = int((spectrum.eigenvalues > spectrum.resolution).sum())
+        raise RecipeError(
+            "damping=0 asks for the inverse of a curvature that has none",
+            where=where,
+            found=f"rank {rank} of {spectrum.dim} dimensions, {spectrum.count} training examples",
+            do="use damping='auto' or a positive multiple of the mean eigenvalue such as 0.1",
+        )
+    return damping * spectrum.trace / spectrum.dim

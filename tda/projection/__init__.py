@@ -1,0 +1,142 @@
+"""Projections of per-example gradients to ``dim`` numbers: E[PᵀP] = I, or an eigenbasis.
+
+    identity       P = I                                             the oracle of everything
+    rademacher     P_ij = ±1/√dim, dense                             the oracle of the sketch
+    count_sketch   P e_j = s(j)·e_{h(j)}, s random signs, h random   the default
+    kronecker      P = ⊕_layer (L_layer ⊗ R_layer)                   keeps layers apart
+    two_stage      count_sketch ∘ kronecker                          fast, best at small dim
+
+The count sketch hashes whole runs of ``dim`` neighbouring coordinates: coordinate j goes to bucket
+(j + shift(run of j)) mod dim. Two coordinates of one run never collide, any other two with
+probability 1/dim, and every sign is independent, so it is unbiased with the variance of a count
+sketch (Charikar et al. 2002; k·Var⟨Px,Py⟩ ≤ ‖x‖²‖y‖² + ⟨x,y⟩²), and adding a run is one
+contiguous multiply-add. Gradients are formed tile by tile and sketched while they are in cache.
+
+    tiles.py      gradients in tiles; seeded randomness
+    sketches.py   identity, rademacher, count sketch
+    kronecker.py  pilot, bases, per-parameter blocks
+
+Randomness is ``(seed, parameter name, role)`` hashed into Philox: the same bytes everywhere.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from tda.errors import ConfigError
+from tda.gradients import Factor
+from tda.projection.kronecker import (
+    Bases,
+    Kronecker,
+    Pilot,
+    bases_from_bytes,
+    bases_to_bytes,
+)
+from tda.projection.sketches import CountSketch, Identity, Rademacher
+from tda.projection.tiles import Shapes
+
+__all__ = [
+    "Bases", "KINDS", "Pilot", "Projection", "Projector", "Shapes", "bases_from_bytes",
+    "bases_to_bytes",
+]  # fmt: skip
+
+KINDS = ("count_sketch", "two_stage", "kronecker", "rademacher", "identity")
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Which projection: a value that goes into the manifest.
+
+    dim: numbers kept an example. seed: of all randomness. rank: rows of each side's basis, for
+    two_stage. basis: "eigen" (of a pilot's second moments) or "random", for two_stage and
+    kronecker. Raises ConfigError.
+    """
+
+    kind: str = "count_sketch"
+    dim: int = 2048
+    seed: int = 0
+    rank: int = 64
+    basis: str = "eigen"
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            close = difflib.get_close_matches(str(self.kind), KINDS, n=1)
+            raise ConfigError(
+                f"unknown projection {self.kind!r}",
+                wanted=", ".join(KINDS),
+                do=f"did you mean {close[0]!r}?" if close else None,
+            )
+        if not isinstance(self.dim, int) or self.dim < 1 or self.rank < 1:
+            raise ConfigError(
+                "a projection needs a positive dimension",
+                found=f"dim={self.dim!r}, rank={self.rank!r}",
+                wanted="integers ≥ 1",
+            )
+        if self.basis not in ("eigen", "random"):
+            raise ConfigError(f"unknown basis {self.basis!r}", wanted="eigen, random")
+
+    @property
+    def needs_pilot(self) -> bool:
+        """Whether gradients of a few examples must be seen before it is defined."""
+        return self.kind in ("two_stage", "kronecker")
+
+    def fit(self, pilot: Pilot, shapes: Shapes) -> Bases:
+        """The bases this projection takes from a pilot's second moments."""
+        rank = self.rank if self.kind == "two_stage" else None
+        return pilot.bases(shapes, self.dim, rank, self.basis == "random", self.seed)
+
+    def spec(self) -> dict[str, Any]:
+        """The fields that matter for this kind, for the manifest."""
+        spec = asdict(self)
+        if not self.needs_pilot:
+            del spec["basis"]
+        if self.kind != "two_stage":
+            del spec["rank"]
+        if self.kind == "identity":
+            del spec["seed"]
+        return spec
+
+    def resolve(self, shapes: Shapes) -> Projection:
+        """With ``dim`` ≥ the number of parameters there is nothing to project: identity."""
+        total = sum(rows * columns for rows, columns in shapes.values())
+        if self.kind == "identity" or (self.kind == "count_sketch" and self.dim >= total):
+            return Projection("identity", total)
+        return self
+
+    def bind(self, shapes: Shapes, bases: Bases | None = None) -> Projector:
+        """The projection of a model's parameters; ``bases`` (of a `Pilot`) where it needs them."""
+        if self.kind == "identity":
+            return Identity(shapes)
+        if self.kind == "rademacher":
+            return Rademacher(self.dim, self.seed, shapes)
+        if self.kind == "count_sketch":
+            return CountSketch(self.dim, self.seed, shapes)
+        if bases is None:
+            raise ConfigError(f"projection {self.kind!r} needs the bases of a pilot")
+        mixed = self.dim if self.kind == "two_stage" else None
+        return Kronecker(bases, mixed, self.seed)
+
+
+class Projector(Protocol):
+    """A projection bound to a model: adds factors into a buffer, and reads rows out of it.
+
+    ``layers`` are (name, offset, size) of blocks of the row; empty where layers are mixed.
+    """
+
+    dim: int
+    layers: Sequence[tuple[str, int, int]]
+
+    def zeros(self, num_examples: int) -> Tensor: ...
+
+    def add(self, buffer: Tensor, name: str, factors: list[Factor]) -> Tensor:
+        """Add one parameter's gradient; returns its squared norm ``[example]``."""
+        ...
+
+    def rows(self, buffer: Tensor) -> Tensor:
+        """``[example, dim]`` float32."""
+        ...

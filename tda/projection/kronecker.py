@@ -1,0 +1,149 @@
+"""Kronecker projections: a basis for each side of each parameter, fitted on a pilot."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tda.errors import StoreError
+from tda.gradients import Factor
+from tda.projection.sketches import CountSketch, Identity
+from tda.projection.tiles import Shapes, Tile, random_signs, square_norm, total
+
+_MAX_EIGEN = 4096  # a side wider than this gets a random basis
+Bases = dict[str, tuple[Tensor, Tensor]]  # parameter -> left [m, O], right [r, I]
+
+
+class Kronecker:
+    """L·G·Rᵀ a parameter: kept as a block of the row, or count-sketched to one row (two_stage)."""
+
+    def __init__(self, bases: Bases, mixed_dim: int | None, seed: int) -> None:
+        self.bases = bases
+        blocks = {name: (len(left), len(right)) for name, (left, right) in bases.items()}
+        inner: Identity | CountSketch = Identity(blocks)
+        if mixed_dim is not None and mixed_dim < inner.dim:
+            inner = CountSketch(mixed_dim, seed, blocks)
+        self.inner = inner
+        self.dim = inner.dim
+        self.layers = inner.layers
+
+    def zeros(self, num_examples: int) -> Tensor:
+        return self.inner.zeros(num_examples)
+
+    def add(self, buffer: Tensor, name: str, factors: list[Factor]) -> Tensor:
+        left, right = (basis.to(buffer) for basis in self.bases[name])
+        block = total([factor.compress(left, right) for factor in factors]).flatten(1)
+        if isinstance(self.inner, Identity):
+            first = self.inner.offsets[name]
+            buffer[:, first : first + block.shape[1]] += block
+        else:
+            self.inner.add_tile(buffer, name, Tile(0, block))
+        return square_norm(factors)
+
+    def rows(self, buffer: Tensor) -> Tensor:
+        return self.inner.rows(buffer)
+
+
+class Pilot:
+    """Second moments E[G Gᵀ] and E[Gᵀ G] of a few examples' gradients, parameter by parameter."""
+
+    def __init__(self) -> None:
+        self.left: dict[str, Tensor] = {}
+        self.right: dict[str, Tensor] = {}
+        self.energy: dict[str, float] = {}
+
+    def add(self, name: str, factors: list[Factor]) -> None:
+        """Consume one batch's factors of one parameter."""
+        num_rows, width = factors[0].shape
+        left = self.left.setdefault(name, torch.zeros(_side(num_rows), _side(num_rows)).double())
+        right = self.right.setdefault(name, torch.zeros(_side(width), _side(width)).double())
+        energy = 0.0
+        if len(left) or len(right):
+            grad = total([factor.rows(0, num_rows) for factor in factors])
+            energy = float(grad.double().square().sum())
+            if len(left):
+                left += torch.einsum("boi,bpi->op", grad, grad).cpu()
+            if len(right):
+                right += torch.einsum("boi,boj->ij", grad, grad).cpu()
+        else:
+            energy = float(square_norm(factors).double().sum())
+        self.energy[name] = self.energy.get(name, 0.0) + energy
+
+    def bases(self, shapes: Shapes, dim: int, rank: int | None, random: bool, seed: int) -> Bases:
+        """Bases with ``rank``² numbers a parameter; or, without a rank, ``dim`` shared out.
+
+        A parameter's share of ``dim`` is its share of the gradient norm.
+        """
+        budgets = self._shares(dim, shapes) if rank is None else dict.fromkeys(shapes, rank**2)
+        return {
+            name: self._pair(name, shape, budgets[name], random, seed)
+            for name, shape in shapes.items()
+        }
+
+    def _shares(self, dim: int, shapes: Shapes) -> dict[str, int]:
+        norms = {name: self.energy.get(name, 0.0) ** 0.5 for name in shapes}
+        whole = sum(norms.values()) or 1.0
+        return {name: max(1, int(dim * norm / whole)) for name, norm in norms.items()}
+
+    def _pair(
+        self, name: str, shape: tuple[int, int], budget: int, random: bool, seed: int
+    ) -> tuple[Tensor, Tensor]:
+        rows, width = shape
+        left = min(rows, max(1, int(budget**0.5)))
+        right = min(width, max(1, budget // left))
+        left = min(rows, max(1, budget // right))
+        return (
+            _basis(self.left.get(name), rows, left, random, seed, name + "/left"),
+            _basis(self.right.get(name), width, right, random, seed, name + "/right"),
+        )
+
+
+def _side(size: int) -> int:
+    return size if size <= _MAX_EIGEN else 0
+
+
+def _basis(
+    moment: Tensor | None, size: int, rank: int, random: bool, seed: int, name: str
+) -> Tensor:
+    """``[rank, size]``: leading eigenvectors, or random signs / √rank; all of a full side is I."""
+    if rank == size:
+        return torch.eye(size)
+    if random or moment is None or len(moment) == 0:
+        return random_signs(rank * size, seed, name).reshape(rank, size).float() / rank**0.5
+    vectors = torch.linalg.eigh(moment)[1][:, -rank:].flip(1).T
+    return (vectors * _orientation(vectors)).float().contiguous()
+
+
+def _orientation(vectors: Tensor) -> Tensor:
+    """Signs that make each vector's largest entry positive: eigenvectors come without one."""
+    largest = vectors.abs().argmax(1, keepdim=True)
+    return torch.where(vectors.gather(1, largest) < 0, -1.0, 1.0).to(vectors)
+
+
+def bases_to_bytes(bases: Bases) -> bytes:
+    """A projection's bases as the bytes of an ``.npz``, the same for the same bases."""
+    arrays: dict[str, Any] = {}
+    for name, (left, right) in bases.items():
+        arrays[f"{name}/left"], arrays[f"{name}/right"] = left.numpy(), right.numpy()
+    stream = io.BytesIO()
+    np.savez(stream, **arrays)
+    return stream.getvalue()
+
+
+def bases_from_bytes(data: bytes, shapes: Shapes) -> Bases:
+    """The inverse of `bases_to_bytes`. Raises StoreError."""
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as file:
+            return {
+                name: (
+                    torch.from_numpy(file[f"{name}/left"]),
+                    torch.from_numpy(file[f"{name}/right"]),
+                )
+                for name in shapes
+            }
+    except (ValueError, OSError, KeyError) as error:
+        raise StoreError("the bases of the projection cannot be read", found=error) from error

@@ -1,0 +1,30 @@
+"""Every published method the engine knows, one declaration a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from types import MappingProxyType
+
+from tda.errors import RecipeError
+from tda.recipe import Recipe
+from tda.recipes import grad_cos, grad_dot, influence, tracin, trak
+
+RECIPES: Mapping[str, Recipe] = MappingProxyType(
+    {m.RECIPE.name: m.RECIPE for m in (grad_dot, grad_cos, tracin, trak, influence)}
+)
+
+
+def get_recipe(recipe: str | Recipe) -> Recipe:
+    """The recipe of that name, or the recipe itself; RecipeError with the nearest name if none."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, str) and recipe in RECIPES:
+        return RECIPES[recipe]
+    near = get_close_matches(str(recipe).lower().replace("-", "_"), RECIPES, n=1)
+    raise RecipeError(
+        "no such recipe",
+        found=repr(recipe),
+        wanted="a Recipe, or one of " + ", ".join(RECIPES),
+        do=f"did you mean {near[0]!r}?" if near else None,
+    )

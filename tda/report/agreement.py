@@ -1,0 +1,76 @@
+"""How far answers agree: the cheap half of knowing whether to trust one."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.stats import rankdata
+
+from tda.report.data import Agreement, Query
+
+
+def spearman(left: np.ndarray, right: np.ndarray) -> float:
+    """Rank correlation of two vectors, ties averaged; NaN when one of them is constant."""
+    a, b = rankdata(left), rankdata(right)
+    a, b = a - a.mean(), b - b.mean()
+    size = float(np.sqrt((a @ a) * (b @ b)))
+    return float(a @ b) / size if size > 0 else float("nan")
+
+
+def rank_agreement(left: str, right: str, a: np.ndarray, b: np.ndarray) -> Agreement:
+    """Spearman correlation of two score matrices [query, train], query by query."""
+    each = np.array([spearman(row_a, row_b) for row_a, row_b in zip(a, b, strict=True)])
+    each = each[np.isfinite(each)]
+    return Agreement(
+        left=left,
+        right=right,
+        measure="rank correlation of all scores, mean over the queries shown",
+        value=float(each.mean()) if each.size else 0.0,
+        low=float(each.min()) if each.size else None,
+        high=float(each.max()) if each.size else None,
+        count=int(each.size),
+    )
+
+
+def shared_agreement(
+    recipe: str, queries: tuple[Query, ...], num_train: int
+) -> tuple[Agreement, ...]:
+    """Share of the proponents that are also among the nearest in embedding space."""
+    each = np.array(
+        [q.shared / len(q.proponents) for q in queries if q.shared is not None], dtype=float
+    )
+    if each.size == 0:
+        return ()
+    nearest = max(len(query.nearest) for query in queries)
+    return (
+        Agreement(
+            left=recipe,
+            right="embedding kNN",
+            measure=f"share of proponents also among the {nearest} nearest, mean over queries",
+            value=float(each.mean()),
+            chance=min(1.0, nearest / num_train),
+            low=float(each.min()),
+            high=float(each.max()),
+            count=int(each.size),
+        ),
+    )
+
+
+def self_influence_agreement(
+    self_influence: np.ndarray, loss: np.ndarray | None
+) -> tuple[Agreement, ...]:
+    """Spearman correlation of self-influence and loss over the training set."""
+    if loss is None:
+        return ()
+    both = np.isfinite(self_influence) & np.isfinite(loss)
+    value = spearman(self_influence[both], loss[both]) if both.sum() > 1 else float("nan")
+    if not np.isfinite(value):
+        return ()
+    return (
+        Agreement(
+            left="self-influence",
+            right="loss",
+            measure="rank correlation; near 1, loss alone would find the same suspects",
+            value=value,
+            count=int(both.sum()),
+        ),
+    )

@@ -1,0 +1,149 @@
+"""``report.html``: one offline file, readable without JavaScript, every shown string escaped."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from tda.report import charts, numbers
+from tda.report.gather import collect
+from tda.report.data import CLEAR, Query, ReportData, Scored
+from tda.report.pictures import Pictures, pixelated
+from tda.report.summary import share_of_self_influence, summarise, suspects_with_highest_loss
+from tda.report.words import headline, limits, reading
+
+_HERE = Path(__file__).parent
+
+
+def render(data: ReportData) -> str:
+    """The page as HTML; the same data gives the same bytes.
+
+    A content security policy forbids everything but the page's own styles, its one script (by
+    hash) and inline pictures, so a string that escaped escaping still could not run or phone home.
+    """
+    pictures = Pictures(data)
+    script = (_HERE / "page.js").read_text(encoding="utf-8")
+    answers = [s for q in data.queries for s in (*q.proponents, *q.opponents)]
+    score_unit = numbers.unit_exponent(s.score for s in answers)
+    value_unit = numbers.unit_exponent(s.score for s in (*data.valuable, *data.harmful))
+    self_unit = numbers.unit_exponent(s.score for s in data.suspects)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_HERE / "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "number": _number,
+        "signed": partial(_number, sign=True),
+        "aligned": partial(_aligned, sign=True),
+        "percent": lambda share: numbers.marked(share, numbers.percent(share)),
+        "exact": lambda value: numbers.marked(value, f"{value:g}"),
+        "count": lambda count: numbers.marked(count, f"{count:,}"),
+        "unit": numbers.unit,
+        "unit_exponent": numbers.unit_exponent,
+        "reading": reading,
+        "short_id": _short_id,
+        "strongest": _strongest,
+        "self_share": partial(share_of_self_influence, data),
+    }
+    template = environment.get_template("page.html.j2")
+    return template.render(
+        data=data,
+        card=data.card,
+        values=data.values,
+        headline=headline(data),
+        limits=limits(data),
+        clear=CLEAR,
+        style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),  # noqa: S704, our own
+        script=Markup(script),  # noqa: S704, our own file
+        script_hash=_sha256(script),
+        pictures=pictures,
+        pixelated=pixelated,
+        score_unit=score_unit,
+        value_unit=value_unit,
+        self_unit=self_unit,
+        matrix_unit=_matrix_unit(data),
+        suspects_with_highest_loss=suspects_with_highest_loss(data),
+        histogram=Markup(charts.histogram(data.values.mean, value_unit)),  # noqa: S704
+        concentration=Markup(charts.concentration(data.values.mean)),  # noqa: S704
+        suspicion=_suspicion(data),
+    )
+
+
+def write_report(run: Any, path: str | Path | None = None, **asked: Any) -> Path:
+    """Write ``report.html`` and, beside it, ``summary.json``; returns the page's path.
+
+    path: the page to write (``report.html`` in the run's folder when None); asked: arguments of
+    :func:`collect`. Each file appears whole or not at all; errors are those of ``collect``, and
+    OSError where the folder cannot be written.
+    """
+    page = Path(run.store.path) / "report.html" if path is None else Path(path)
+    data = collect(run, **asked)
+    summary = json.dumps(summarise(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    _write(page.with_name("summary.json"), summary)
+    _write(page, render(data))
+    return page
+
+
+def _write(path: Path, text: str) -> None:
+    handle, partial_path = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(partial_path, 0o644)  # mkstemp keeps it private; a report is to be shown
+        os.replace(partial_path, path)
+    except BaseException:
+        Path(partial_path).unlink(missing_ok=True)
+        raise
+
+
+def _number(value: float | None, exponent: int = 0, sign: bool = False) -> Markup:
+    return numbers.marked(value, numbers.plain(value, sign=sign, exponent=exponent))
+
+
+def _aligned(value: float, exponent: int, beside: float, sign: bool) -> Markup:
+    text = numbers.plain(value, sign=sign, exponent=exponent, beside=beside)
+    return numbers.marked(value, text)
+
+
+def _short_id(text: str) -> str:
+    """Both ends of a long id: the front names the set, the back tells its examples apart."""
+    return text if len(text) <= 10 else f"{text[:4]}…{text[-5:]}"
+
+
+def _strongest(answers: Query | Iterable[Scored]) -> float:
+    """The largest |score|, which gets the longest bar."""
+    if isinstance(answers, Query):
+        answers = (*answers.proponents, *answers.opponents)
+    return max((abs(scored.score) for scored in answers), default=0.0) or 1.0
+
+
+def _matrix_unit(data: ReportData) -> int:
+    matrix = data.class_matrix
+    return 0 if matrix is None else numbers.unit_exponent(matrix.mean.ravel().tolist())
+
+
+def _suspicion(data: ReportData) -> Markup | None:
+    if data.train_loss is None:
+        return None
+    svg = charts.suspicion(data.self_influence, data.train_loss, len(data.suspects))
+    return Markup(svg)  # noqa: S704, drawn from numbers only
+
+
+def _sha256(text: str) -> str:
+    digest = hashlib.sha256(text.encode("utf-8")).digest()
+    return "sha256-" + base64.b64encode(digest).decode("ascii")

@@ -1,0 +1,101 @@
+"""Values by label, source and group, and which label helps which."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from tda.report.data import Rollup, Slice
+from tda.report.examples import MAX_ID, Gallery, clean
+
+MAX_SLICES = 30
+MAX_CLASSES = 12
+
+
+def categories(gallery: Gallery, column: str) -> tuple[list[str], np.ndarray] | None:
+    """(names, index of each example's name) of a column with categories; None if it has none.
+
+    Labels that are not integers are targets of a regression, not categories.
+    """
+    values = gallery.column(column)
+    if values is None or values.ndim != 1:
+        return None
+    if column == "label" and not gallery.classes:
+        return None
+    unique, first, inverse = np.unique(values, return_index=True, return_inverse=True)
+    if column == "label":
+        names = [gallery.label(int(index)) or "?" for index in first]
+    else:
+        names = [clean(value, MAX_ID) or "(none)" for value in unique]
+    return names, inverse
+
+
+def rollups(
+    train: Gallery, value: np.ndarray, self_influence: np.ndarray
+) -> tuple[Rollup, ...]:
+    """One roll-up for each column that sorts the training examples into two or more slices."""
+    found = []
+    for column in ("label", "source", "group"):
+        sorted_out = categories(train, column)
+        if sorted_out is None or not 2 <= len(sorted_out[0]) < train.num_rows:
+            continue
+        found.append(_rollup(column, *sorted_out, value, self_influence))
+    return tuple(found)
+
+
+def _rollup(
+    column: str,
+    names: list[str],
+    inverse: np.ndarray,
+    value: np.ndarray,
+    self_influence: np.ndarray,
+) -> Rollup:
+    def total(of: np.ndarray) -> np.ndarray:
+        return np.bincount(inverse, weights=of, minlength=len(names))
+
+    def share(of: np.ndarray) -> np.ndarray:
+        return of / of.sum() if of.sum() > 0 else np.zeros_like(of)
+
+    count = total(np.ones_like(value))
+    influence, itself = share(total(np.abs(value))), share(total(np.abs(self_influence)))
+    mean, helping = total(value) / count, total(value > 0) / count
+    slices = [
+        Slice(
+            name=names[i],
+            count=int(count[i]),
+            mean=float(mean[i]),
+            share_helping=float(helping[i]),
+            share_of_influence=float(influence[i]),
+            share_of_self_influence=float(itself[i]),
+        )
+        for i in np.argsort(-influence, kind="stable")
+    ]
+    return Rollup(column, tuple(slices[:MAX_SLICES]), max(0, len(slices) - MAX_SLICES))
+
+
+@dataclass(frozen=True, eq=False)
+class ClassFactors:
+    """Averaging over labels from both sides: query @ scores @ train = [query, train label]."""
+
+    query_labels: tuple[str, ...]
+    train_labels: tuple[str, ...]
+    query: np.ndarray  # [query label, query], rows sum to 1
+    train: np.ndarray  # [train, train label], columns sum to 1
+
+
+def class_matrix_factors(queries: Gallery, train: Gallery) -> ClassFactors | None:
+    """The factors, when both tables have between two and twelve labels."""
+    of_queries, of_train = categories(queries, "label"), categories(train, "label")
+    if of_queries is None or of_train is None:
+        return None
+    if not all(2 <= len(names) <= MAX_CLASSES for names, _ in (of_queries, of_train)):
+        return None
+
+    def averages(names: list[str], inverse: np.ndarray) -> np.ndarray:
+        member = (inverse[None, :] == np.arange(len(names))[:, None]).astype(np.float32)
+        return member / member.sum(axis=1, keepdims=True)
+
+    return ClassFactors(
+        tuple(of_queries[0]), tuple(of_train[0]), averages(*of_queries), averages(*of_train).T
+    )

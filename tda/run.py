@@ -1,0 +1,330 @@
+"""A run: index once, then ask with any recipe.
+
+run = tda.index(task, train, "stores/my_run")        featurize, or finish featurizing
+run.top_k(queries)    run.scores(queries)    run.self_influence()
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from tda import __version__
+from tda.data import Dataset, Examples, as_dataset, describe
+from tda.errors import ConfigError, MismatchError, StoreError, TaskError
+from tda.featurizer import Featurizer, fill, progress_bar
+from tda.gradients import shapes_of
+from tda.projection import Bases, Projection, bases_from_bytes, bases_to_bytes
+from tda.recipe import Recipe
+from tda.recipes import get_recipe
+from tda.store import Store, Table
+from tda.task import Task
+
+if TYPE_CHECKING:
+    import dask.array as da
+
+    from tda.ranking import TopK
+
+BATCH_SIZE = 64
+_CHUNK_BYTES = 8 * 2**20  # of rows: larger buffers page-fault on every read
+_MAX_CHUNK_ROWS = 4096
+_ITEM_BYTES = {"bfloat16": 2, "float32": 4, "int8": 1}
+_BASES = "projection.npz"
+_VERSIONS = ("torch", "numpy", "zarr")
+
+
+def index(
+    task: Task,
+    dataset: Any,
+    path: str | Path,
+    *,
+    proj_dim: int = 2048,
+    projection: str | Projection = "count_sketch",
+    seed: int = 0,
+    dtype: Literal["bfloat16", "float32", "int8"] = "bfloat16",
+    batch_size: int = BATCH_SIZE,
+    chunk_rows: int | None = None,
+    progress: bool = True,
+) -> Run:
+    """Featurize a training set at every checkpoint of a task into the store at ``path``.
+
+    dataset: map-style, or arrays (see `tda.data`). projection: a kind (``proj_dim`` and ``seed``
+    go with it) or a `Projection`. dtype: of the stored rows. chunk_rows: rows written at once, by
+    default 8 MiB.
+
+    The same call resumes an interrupted run, and does nothing where it is complete. With more
+    examples at the end of the data, or more checkpoints at the end of the list, it computes those.
+    Raises MismatchError where the store was made with something else; nothing is overwritten.
+    """
+    if isinstance(projection, str):
+        projection = Projection(projection, proj_dim, seed)
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ConfigError("batch_size is not a count", found=repr(batch_size), wanted="≥ 1")
+    path, data = Path(path), as_dataset(dataset)
+    with progress_bar("reading the data", len(data), progress) as tick:
+        examples, _ = describe(data, lambda done: tick(1))
+    run = _open_or_create(task, data, path, projection, dtype, chunk_rows)
+    table = run._plan("train", examples, data)
+    run._fill(table, data, batch_size, progress, "indexing")
+    return run
+
+
+def open(path: str | Path, task: Task | None = None) -> Run:
+    """The run at ``path``. The task is only needed to featurize new queries.
+
+    Raises StoreError where there is no run, MismatchError where it was made by another task.
+    """
+    store = Store.open(path)
+    if task is not None:
+        Store.create(path, {**store.manifest, **task.manifest()})
+    return Run(store, task)
+
+
+def _open_or_create(
+    task: Task,
+    data: Dataset,
+    path: Path,
+    projection: Projection,
+    dtype: str,
+    chunk_rows: int | None,
+) -> Run:
+    shapes = shapes_of(task.model)
+    projection = projection.resolve(shapes)
+    stored = Store.open(path).manifest if (path / "manifest.json").exists() else None
+    featurizer = Featurizer(task)
+    bases = None
+    if projection.needs_pilot and stored is None:
+        bases = projection.fit(featurizer.pilot(data), shapes)
+        _write_bases(path, bases)
+    elif stored is not None and projection.needs_pilot:
+        bases = _read_bases(path, stored, task)
+    projector = featurizer.bind(projection, bases)
+    spec = {**projection.spec(), "dim": projector.dim}
+    if bases is not None:
+        spec["bases_digest"] = _digest(bases_to_bytes(bases))
+    layers = [{"name": n, "offset": o, "size": s} for n, o, s in projector.layers]
+    if chunk_rows is None:
+        chunk_rows = stored["chunk_rows"] if stored else _chunk_rows(projector.dim, dtype)
+    manifest = {
+        "format": 1,
+        **task.manifest(),
+        "projection": spec,
+        **({"layers": layers} if layers else {}),
+        "dtype": dtype,
+        "chunk_rows": chunk_rows,
+        "versions": {
+            "tda": __version__,
+            "python": platform.python_version(),
+            **{package: version(package) for package in _VERSIONS},
+        },
+    }
+    known = len(stored["checkpoints"]) if stored else len(manifest["checkpoints"])
+    added = manifest["checkpoints"][known:]
+    store = Store.create(path, {**manifest, "checkpoints": manifest["checkpoints"][:known]})
+    for checkpoint in added:
+        store.add_checkpoint(checkpoint)
+    run = Run(store, task)
+    run._featurizer = featurizer
+    return run
+
+
+def _chunk_rows(dim: int, dtype: str) -> int:
+    if dtype not in _ITEM_BYTES:
+        raise ConfigError(f"unknown dtype {dtype!r}", wanted=", ".join(_ITEM_BYTES))
+    rows = _CHUNK_BYTES // (dim * _ITEM_BYTES[dtype])
+    return max(1, min(rows, _MAX_CHUNK_ROWS))
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def _write_bases(path: Path, bases: Bases) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        (path / _BASES).write_bytes(bases_to_bytes(bases))
+    except OSError as error:
+        raise StoreError(
+            "the bases of the projection cannot be written", where=path, found=error
+        ) from error
+
+
+def _read_bases(path: Path, manifest: dict[str, Any], task: Task) -> Bases:
+    file = path / _BASES
+    data = file.read_bytes() if file.is_file() else b""
+    wanted = manifest["projection"].get("bases_digest")
+    if wanted is None:
+        raise MismatchError(
+            "this run was made with another projection",
+            where=path,
+            found="a projection with bases",
+            wanted=f"projection.kind = {manifest['projection']['kind']!r}, as the run has it",
+            do="use the projection this run was made with, or index into a new folder",
+        )
+    if _digest(data) != wanted:
+        raise StoreError(
+            "the bases of the projection are missing or were altered",
+            where=file,
+            do="restore the file from a copy, or index again into a new folder",
+        )
+    return bases_from_bytes(data, shapes_of(task.model))
+
+
+class Run:
+    """A store, and what can be asked of it. Made by `tda.index` and `tda.open`.
+
+    Where a method takes ``queries``, it is a data set (featurized and stored the first time, which
+    needs the task) or the name of a stored query set; ``recipe`` is a name of `tda.RECIPES` or a
+    `Recipe`.
+    """
+
+    def __init__(self, store: Store, task: Task | None = None) -> None:
+        self.store = store
+        self.task = task
+        self._featurizer: Featurizer | None = None
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.store.path)!r})"
+
+    @property
+    def path(self) -> Path:
+        return self.store.path
+
+    @property
+    def queries(self) -> list[str]:
+        """Names of the stored query sets."""
+        return self.store.queries()
+
+    @property
+    def ids(self) -> np.ndarray:
+        """``[train]`` ids of the training examples, in the order of every score."""
+        return self.store.table("train").column("id")
+
+    def add_queries(
+        self,
+        dataset: Any,
+        name: str | None = None,
+        *,
+        batch_size: int = BATCH_SIZE,
+        progress: bool = False,
+    ) -> str:
+        """Featurize and store a query set; returns its name (by default made of its content)."""
+        data = as_dataset(dataset)
+        with progress_bar("reading the queries", len(data), progress) as tick:
+            examples, _ = describe(data, lambda done: tick(1))
+        name = name or f"q-{examples.digest()[:16]}"
+        table = self._plan(f"queries/{name}", examples, data)
+        self._fill(table, data, batch_size, progress, f"queries {name}")
+        return name
+
+    def scores(self, queries: Any, recipe: str | Recipe = "trak") -> da.Array:
+        """Every score, ``[query, train]`` float32; > 0 where training on the example helps.
+
+        A Dask array: computed block by block when asked (``.compute()``, ``.to_zarr(path)``).
+        """
+        from tda import scorer
+
+        return scorer.scores(self._prepare(queries, recipe))
+
+    def top_k(
+        self,
+        queries: Any,
+        k: int = 10,
+        recipe: str | Recipe = "influence",
+        *,
+        approximate: bool = False,
+    ) -> TopK:
+        """The k most positive and k most negative training examples of each query.
+
+        Exact by default. ``approximate``: FAISS proposes candidates, whose scores are then exact;
+        the measured recall comes with the answer.
+        """
+        from tda import index as faiss_index
+        from tda import scorer
+
+        prepared = self._prepare(queries, recipe)
+        if approximate:
+            return faiss_index.approximate_top_k(self.store, prepared, k)
+        return scorer.top_k(prepared, k)
+
+    def self_influence(self, recipe: str | Recipe = "influence") -> np.ndarray:
+        """``[train]`` float32: the score of each training example for itself.
+
+        Large where the model had to learn the example by heart: outliers and wrong labels.
+        """
+        from tda import scorer
+
+        return scorer.self_influence(self.store, get_recipe(recipe))
+
+    def baseline_top_k(self, queries: Any, k: int = 10) -> TopK:
+        """What needs no gradient: nearest and farthest examples by cosine of the last hidden layer.
+
+        Raises StoreError where the run holds no embeddings.
+        """
+        from tda.baselines import embedding_top_k
+
+        name = self._name(queries)
+        return embedding_top_k(self.store, self.store.table(f"queries/{name}"), k)
+
+    def _name(self, queries: Any) -> str:
+        if not isinstance(queries, str):
+            return self.add_queries(queries)
+        if queries not in self.queries:
+            raise StoreError(
+                f"there is no stored query set {queries!r}",
+                where=self.path,
+                wanted=", ".join(self.queries) or "none is stored yet",
+                do="store it with run.add_queries(dataset, name) or `tda index`",
+            )
+        return queries
+
+    def _prepare(self, queries: Any, recipe: str | Recipe) -> Any:
+        from tda import scorer
+
+        chosen = get_recipe(recipe)
+        name = self._name(queries)
+        return scorer.prepare(self.store, chosen, self.store.table(f"queries/{name}"))
+
+    def _ready(self) -> Featurizer:
+        """The featurizer of this run's task, with this run's projection."""
+        if self.task is None:
+            raise TaskError(
+                "featurizing needs the task",
+                where=self.path,
+                do="open the run with tda.open(path, task=task), or name a stored query set: "
+                + (", ".join(self.queries) or "none yet"),
+            )
+        if self._featurizer is None or self._featurizer.projector is None:
+            spec = dict(self.store.manifest["projection"])
+            spec.pop("bases_digest", None)
+            projection = Projection(**spec)
+            bases = None
+            if projection.needs_pilot:
+                bases = _read_bases(self.path, self.store.manifest, self.task)
+            self._featurizer = Featurizer(self.task)
+            self._featurizer.bind(projection, bases)
+        return self._featurizer
+
+    def _plan(self, name: str, examples: Examples, data: Dataset) -> Table:
+        """The table of a data set, created if need be, with as many hidden units as the model."""
+        try:
+            hidden = self.store.table("train").hidden
+        except StoreError:
+            hidden = self._ready().probe(data)
+        return self.store.plan(name, examples, hidden)
+
+    def _fill(
+        self, table: Table, data: Dataset, batch_size: int, progress: bool, what: str
+    ) -> None:
+        missing = table.missing()
+        if not missing:
+            return
+        spans = [table.chunk_range(chunk) for _, chunk in missing]
+        total = sum(stop - start for start, stop in spans)
+        with progress_bar(what, total, progress) as tick:
+            fill(self._ready(), table, data, batch_size, tick)

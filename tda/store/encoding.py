@@ -1,0 +1,109 @@
+"""Numbers and strings as they are stored, and back.
+
+float32    as it is
+bfloat16   the upper 16 bits of a float32, rounded to nearest even: |error| ≤ 2⁻⁸ |x|
+int8       x ≈ q·scale, scale = max|x| / 127 of the row: |error| ≤ max|x| / 254
+utf-8      strings as bytes, padded with NUL to the longest
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tda.errors import DataError, StoreError
+
+DTYPES = ("bfloat16", "float32", "int8")
+
+# Below this a row's scale would be denormal and its rounding no longer relative; such a row is 0.
+_SMALLEST = 127 * torch.finfo(torch.float32).tiny
+
+
+def encode_rows(rows: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """(what is stored of float32 rows ``[r, k]``, its scale ``[r]`` if the dtype has one).
+
+    A finite number too large for bfloat16 becomes infinite; the caller refuses it.
+    """
+    if dtype == "float32":
+        return rows, None
+    values = torch.from_numpy(rows)
+    if dtype == "bfloat16":
+        return values.to(torch.bfloat16).view(torch.uint16).numpy(), None
+    largest = values.abs().amax(dim=1)
+    scale = torch.where(largest < _SMALLEST, 0.0, largest / 127)
+    divisor = torch.where(scale > 0, scale, torch.inf)[:, None]
+    return (values / divisor).round().clamp(-127, 127).to(torch.int8).numpy(), scale.numpy()
+
+
+def decode_rows(stored: np.ndarray, scale: np.ndarray | None, out: Tensor) -> None:
+    """Writes the float32 values of ``stored [r, k]`` into ``out [r, k]``."""
+    values = torch.from_numpy(stored)
+    out.copy_(values.view(torch.bfloat16) if stored.dtype == np.uint16 else values)
+    if scale is not None:
+        out.mul_(torch.from_numpy(scale)[:, None])
+
+
+def encode_strings(values: np.ndarray, name: str) -> np.ndarray:
+    """uint8 ``[n, width]`` of strings ``[n]``. Raises DataError for what UTF-8 cannot hold."""
+    texts = values.astype(np.str_)
+    try:
+        coded = np.char.encode(texts, "utf-8")
+    except UnicodeEncodeError as error:
+        position = next(i for i, text in enumerate(texts) if not _is_unicode(text))
+        raise DataError(
+            f"the {name} of example {position} is not Unicode text",
+            found=ascii(texts[position])[:200],
+            do="a lone surrogate cannot be stored: decode the text with errors='replace'",
+        ) from error
+    width = max(1, coded.dtype.itemsize)
+    return coded.astype(f"S{width}").view(np.uint8).reshape(len(coded), width)
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def decode_strings(stored: np.ndarray) -> np.ndarray:
+    """The strings ``[n]`` of uint8 ``[n, width]``."""
+    width = stored.shape[1]
+    return np.char.decode(np.ascontiguousarray(stored).view(f"S{width}")[:, 0], "utf-8")
+
+
+def encode_column(name: str, values: np.ndarray) -> tuple[np.ndarray, str]:
+    """(array ``[n, ...]`` as stored, its encoding) of what is known of each example.
+
+    Strings become UTF-8, whole numbers int64, others float32; ``digest`` and ``image`` are uint8
+    as they are. Raises DataError for anything else.
+    """
+    values = np.asarray(values)
+    kind = values.dtype.kind
+    if name in ("digest", "image"):
+        shaped = values.ndim == 2 if name == "digest" else _is_picture(values)
+        if values.dtype == np.uint8 and shaped:
+            return values, ""
+    elif values.ndim > 2 or (values.ndim == 2 and name != "label"):
+        pass  # refused below
+    elif kind in "UT" or (kind == "O" and all(isinstance(value, str) for value in values)):
+        return encode_strings(values, name), "utf-8"
+    elif kind in "biu":
+        return values.astype(np.int64), ""
+    elif kind == "f":
+        return values.astype(np.float32), ""
+    raise DataError(
+        f"the column {name!r} cannot be stored",
+        found=f"{values.dtype} {values.shape}",
+        wanted="digest: uint8 [n, 16]; image: uint8 [n, H, W] or [n, H, W, 3]; others: numbers "
+        "or strings",
+    )
+
+
+def _is_picture(values: np.ndarray) -> bool:
+    return values.ndim == 3 or (values.ndim == 4 and values.shape[3] == 3)
+
+
+def check_dtype(dtype: object) -> str:
+    """``dtype`` if rows can be stored so. Raises StoreError."""
+    if dtype not in DTYPES:
+        raise StoreError("rows cannot be stored so", found=dtype, wanted=" | ".join(DTYPES))
+    return str(dtype)

@@ -1,0 +1,175 @@
+"""manifest.json: what a run was made with. Two manifests that differ are two runs.
+
+The file holds the manifest and, under ``crc32c``, the checksum of the rest of it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from tda.errors import DataError, MismatchError, StoreError
+from tda.store.encoding import check_dtype
+from tda.store.files import crc32c, disk, to_json, write_file
+
+FORMAT = 1
+NAME = "manifest.json"
+BASES = "projection.npz"
+TRAIN = "train"
+QUERIES = "queries"
+
+_ROWS_DEPEND_ON = ("format", "model", "measurement", "projection", "layers")
+_MAY_DIFFER = ("data", "versions")  # data: checked by plan(), example by example
+_QUERY_SET = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}")
+_NEW_FOLDER = "or index into a new folder"
+_CURES = {
+    "model": f"use the model this run was made with, {_NEW_FOLDER}",
+    "checkpoints": "give the same checkpoints in the same order (more may follow them: "
+    f"Store.add_checkpoint), {_NEW_FOLDER}",
+    "measurement": f"use the measurement this run was made with, {_NEW_FOLDER}",
+    "projection": f"use the projection this run was made with, {_NEW_FOLDER}",
+    "format": "this program writes another format: index again into a new folder",
+}
+
+
+def check_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """``manifest`` as it will be read back. Raises StoreError if a part is absent or wrong."""
+    try:
+        plain = json.loads(to_json({"format": FORMAT, **manifest}))
+    except (TypeError, ValueError) as error:
+        raise StoreError("the manifest cannot be written as JSON", found=error) from error
+    if plain["format"] != FORMAT:
+        raise _other_format(plain["format"], None)
+    check_dtype(plain.get("dtype"))
+    numbers = {"projection.dim": plain.get("projection", {}).get("dim")}
+    numbers["chunk_rows"] = plain.get("chunk_rows")
+    numbers["number of checkpoints"] = len(plain.get("checkpoints", []))
+    for name, number in numbers.items():
+        if not isinstance(number, int) or number < 1:
+            raise StoreError(f"the manifest's {name} is no positive number", found=number)
+    for checkpoint in plain["checkpoints"]:
+        if "name" not in checkpoint or "digest" not in checkpoint:
+            raise StoreError("a checkpoint of the manifest lacks its name or digest")
+    return plain
+
+
+def read_manifest(run: Path) -> dict[str, Any]:
+    """The manifest of a run. Raises StoreError: none, damaged, or of another format."""
+    path = run / NAME
+    if not path.is_file():
+        raise StoreError(
+            "there is no run in this folder",
+            where=run,
+            found=f"no {NAME}",
+            do="check the path, or make the run with `tda index`",
+        )
+    with disk(path, "read"):
+        data = path.read_bytes()
+    try:
+        manifest = json.loads(data)
+        form = manifest["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(path) from error
+    if form != FORMAT:
+        raise _other_format(form, path)
+    manifest.pop("crc32c", None)
+    if _file(manifest) != data:
+        raise _damaged(path)
+    return manifest
+
+
+def write_manifest(run: Path, manifest: Mapping[str, Any]) -> None:
+    write_file(run / NAME, _file(manifest))
+
+
+def _file(manifest: Mapping[str, Any]) -> bytes:
+    return to_json({**manifest, "crc32c": f"{crc32c(to_json(manifest)):08x}"})
+
+
+def _damaged(path: Path) -> StoreError:
+    return StoreError(
+        "the manifest was altered",
+        where=path,
+        found="its checksum does not match its content",
+        do="restore it from a copy; or delete it and rerun `tda index` with the same model, data "
+        "and settings: finished chunks are kept",
+    )
+
+
+def _other_format(found: object, path: Path | None) -> StoreError:
+    return StoreError(
+        "the run has a format this program does not know",
+        where=path,
+        found=f"format {found}",
+        wanted=f"format {FORMAT}",
+        do="use the version of tda-engine that wrote it, or index again into a new folder",
+    )
+
+
+def require_same(run: Path, stored: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Raises MismatchError naming the first field in which two manifests differ."""
+    fields = [*given, *(name for name in stored if name not in given)]
+    for name in fields:
+        if name in _MAY_DIFFER:
+            continue
+        differs = _difference(name, stored.get(name), given.get(name))
+        if differs is not None:
+            field, there, here = differs
+            raise MismatchError(
+                f"this run was made with another {field}",
+                where=run,
+                found=f"{field} = {here!r}",
+                wanted=f"{field} = {there!r}, as the run has it",
+                do=_CURES.get(name, f"use the {name} of this run, {_NEW_FOLDER}"),
+            )
+
+
+def _difference(name: str, stored: Any, given: Any) -> tuple[str, Any, Any] | None:
+    if isinstance(stored, dict) and isinstance(given, dict):
+        pairs = [(f"{name}.{key}", stored.get(key), given.get(key)) for key in {**given, **stored}]
+    elif isinstance(stored, list) and isinstance(given, list) and len(stored) == len(given):
+        both = zip(stored, given, strict=True)
+        pairs = [(f"{name}[{i}]", there, here) for i, (there, here) in enumerate(both)]
+    else:
+        return None if stored == given else (name, stored, given)
+    return next((found for pair in pairs if (found := _difference(*pair))), None)
+
+
+def rows_depend_on(manifest: Mapping[str, Any], checkpoint: int) -> dict[str, Any]:
+    """The part of a manifest that determines the rows of one checkpoint."""
+    parts = {name: manifest[name] for name in _ROWS_DEPEND_ON if name in manifest}
+    return {**parts, "checkpoint": manifest["checkpoints"][checkpoint]["digest"]}
+
+
+def config_hash(parts: Mapping[str, Any]) -> str:
+    return blake2b(to_json(parts), digest_size=16).hexdigest()
+
+
+def check_table_name(name: str) -> str:
+    """``name`` if it is ``train`` or ``queries/NAME`` with a NAME that is safe as a folder."""
+    folder, _, query_set = name.partition("/")
+    if name == TRAIN or (folder == QUERIES and _QUERY_SET.fullmatch(query_set)):
+        return name
+    raise DataError(
+        "this is no name for a query set",
+        found=query_set or name,
+        wanted="up to 100 of A–Z a–z 0–9 _ . - and no dot in front",
+        do="choose another name: what the examples are called does not matter, only this name",
+    )
+
+
+def redo(table: str) -> str:
+    """What computes the chunks a table lacks."""
+    if table == TRAIN:
+        return "rerun `tda index` with the same configuration: it computes only what is missing"
+    name = table.partition("/")[2]
+    return f"rerun `tda index`, or add the queries {name!r} again: only what is missing is computed"
+
+
+def cure(run: Path, table: str) -> str:
+    """What to do about a damaged table: find out what is damaged, and compute that again."""
+    return f"run `tda verify {run}`, then {redo(table)}"

@@ -1,0 +1,150 @@
+"""Completion marks: a chunk is finished when its mark says so, and only then.
+
+A mark names the files of one chunk with their sizes and checksums. It is written after they are
+flushed, in one spelling, so the same chunk has the same mark wherever it was computed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from tda.store.files import (
+    TRAILER,
+    Parts,
+    crc32c,
+    map_file,
+    remove_file,
+    to_json,
+    write_file,
+    write_files,
+)
+
+FOLDER = "done"
+STATIC = f"{FOLDER}/static.json"
+
+Damage = Literal["missing", "torn", "altered"]
+
+
+class Entry(NamedTuple):
+    """A file: its bytes, and their crc32c – of a chunk file without the crc32c that ends it.
+
+    (Over both it would be the same number for every chunk file: a property of the CRC.)
+    """
+
+    size: int
+    crc32c: int
+
+
+@dataclass(frozen=True)
+class Mark:
+    """``rows``: start and stop; ``config``: hash of all that determines them; ``files`` by key."""
+
+    rows: tuple[int, int]
+    config: str
+    files: Mapping[str, Entry]
+
+    def to_bytes(self) -> bytes:
+        files = {
+            key: {"size": entry.size, "crc32c": f"{entry.crc32c:08x}"}
+            for key, entry in self.files.items()
+        }
+        return to_json({"rows": list(self.rows), "config": self.config, "files": files})
+
+    @staticmethod
+    def parse(data: bytes) -> Mark | None:
+        """The mark, or None if ``data`` is not exactly what :meth:`to_bytes` writes."""
+        try:
+            parts = json.loads(data)
+            start, stop = parts["rows"]
+            files = {
+                key: Entry(entry["size"], int(entry["crc32c"], 16))
+                for key, entry in parts["files"].items()
+            }
+            mark = Mark((start, stop), parts["config"], files)
+            return mark if mark.to_bytes() == data else None
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return None
+
+
+def chunk_mark(checkpoint: int, chunk: int) -> str:
+    return f"{FOLDER}/c{checkpoint}-{chunk}.json"
+
+
+def read_mark(path: Path) -> Mark | None:
+    """The mark at ``path``, or None if there is none or it is damaged."""
+    try:
+        return Mark.parse(path.read_bytes())
+    except OSError:
+        return None
+
+
+def write_chunks(folder: Path, chunks: Iterable[tuple[str, np.ndarray]]) -> dict[str, Entry]:
+    """Write the chunk files that are not there already: each a chunk, then its crc32c."""
+    return _write(folder, ((key, c.reshape(-1).view(np.uint8), TRAILER) for key, c in chunks))
+
+
+def write_documents(folder: Path, documents: Mapping[str, bytes]) -> dict[str, Entry]:
+    """Write the metadata documents that are not there already."""
+    texts = ((key, np.frombuffer(text, np.uint8), 0) for key, text in documents.items())
+    return _write(folder, texts)
+
+
+def _write(folder: Path, files: Iterable[tuple[str, np.ndarray, int]]) -> dict[str, Entry]:
+    entries: dict[str, Entry] = {}
+
+    def wanted() -> Iterator[tuple[str, Parts | None]]:
+        for key, data, trailer in files:
+            entry = Entry(len(data) + trailer, crc32c(data))
+            entries[key] = entry
+            if damage(folder, key, entry) is None:
+                yield key, None
+            else:
+                yield key, (data.data, entry.crc32c.to_bytes(TRAILER, "little")[:trailer])
+
+    write_files(folder, wanted())
+    return entries
+
+
+def write_mark(folder: Path, key: str, mark: Mark) -> None:
+    write_file(folder / key, mark.to_bytes())
+
+
+def remove_mark(folder: Path, key: str) -> None:
+    remove_file(folder / key)
+
+
+def is_document(key: str) -> bool:
+    return key.endswith("zarr.json")
+
+
+def has_size(folder: Path, key: str, entry: Entry) -> bool:
+    try:
+        return os.stat(folder / key).st_size == entry.size
+    except OSError:
+        return False
+
+
+def damage(folder: Path, key: str, entry: Entry) -> Damage | None:
+    """What is wrong with a file a mark names, or None: it has its size and its checksum."""
+    path = folder / key
+    if not path.is_file():
+        return "missing"
+    if path.stat().st_size != entry.size:
+        return "torn"
+    data = map_file(path) if entry.size else np.empty(0, np.uint8)
+    return None if is_intact(key, data, entry) else "altered"
+
+
+def is_intact(key: str, data: np.ndarray, entry: Entry) -> bool:
+    """Whether the bytes of a file are those its mark was written for."""
+    if is_document(key):
+        return crc32c(data) == entry.crc32c
+    trailer = int.from_bytes(data[-TRAILER:].tobytes(), "little")
+    return trailer == entry.crc32c == crc32c(data[:-TRAILER])

@@ -1,0 +1,140 @@
+"""One run on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tda.data import Examples
+from tda.errors import MismatchError, StoreError
+from tda.store.manifest import (
+    NAME,
+    QUERIES,
+    TRAIN,
+    check_manifest,
+    check_table_name,
+    read_manifest,
+    require_same,
+    write_manifest,
+)
+from tda.store.planning import grow_checkpoints, plan_table
+from tda.store.table import Table
+from tda.store.verify import Fault, find_faults, table_names
+
+
+class Store:
+    """A folder with a manifest, the table ``train`` and any number of query sets.
+
+    ``stores/README.md`` specifies every file. Pickles as its path.
+    """
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        self.path = path
+        self.manifest = manifest
+
+    def __reduce__(self) -> tuple:
+        return Store.open, (self.path.absolute(),)  # a worker may run in another folder
+
+    def __repr__(self) -> str:
+        return f"Store({str(self.path)!r})"
+
+    @staticmethod
+    def create(path: str | Path, manifest: Mapping[str, Any]) -> Store:
+        """The run at ``path``, made now or found there with the same manifest.
+
+        ``manifest`` has at least dtype, chunk_rows, projection.dim and checkpoints (name, digest);
+        ``data`` is filled in by :meth:`plan`, and ``versions`` of an earlier start stay.
+        Raises MismatchError naming the first field that differs, StoreError if the folder cannot
+        be written or is something else.
+        """
+        folder = Path(path)
+        given = check_manifest({**manifest, "data": {}})
+        if (folder / NAME).exists():
+            stored = read_manifest(folder)
+            require_same(folder, stored, given)
+            return Store(folder, stored)
+        if (folder / TRAIN).exists() and not (folder / TRAIN / "zarr.json").exists():
+            raise StoreError(
+                "this folder has a `train` that is no part of a run",
+                where=folder,
+                do="choose an empty or a new folder",
+            )
+        write_manifest(folder, given)
+        return Store(folder, given)
+
+    @staticmethod
+    def open(path: str | Path) -> Store:
+        """The run at ``path``. Raises StoreError if there is none, or its format is unknown."""
+        folder = Path(path)
+        return Store(folder, read_manifest(folder))
+
+    def plan(
+        self, table: str, examples: Examples, hidden: int | None = None, dtype: str | None = None
+    ) -> Table:
+        """The table ``train`` or ``queries/NAME`` of these examples; ``missing()`` is left to do.
+
+        Creates it, finds it, repairs it, or appends to it: ``examples`` may go on after those that
+        are stored; a chunk that was cut short before becomes missing. ``hidden`` is the width of
+        the embedding, None for none. Rows of query sets are float32 whatever the run's dtype.
+        One process plans. Raises MismatchError naming the first example that is another one.
+        """
+        name = check_table_name(table)
+        planned = plan_table(self.path, self.manifest, name, examples, hidden, dtype)
+        record = {"num_rows": len(examples), "digest": examples.digest()}
+        if name == TRAIN and self.manifest["data"].get(TRAIN) != record:
+            self.manifest = {**self.manifest, "data": {TRAIN: record}}
+            write_manifest(self.path, self.manifest)
+        return planned
+
+    def table(self, name: str) -> Table:
+        """The table ``train`` or ``queries/NAME``. Raises StoreError if it is not there."""
+        if not (self.path / check_table_name(name)).is_dir():
+            query_set = name.partition("/")[2]
+            raise StoreError(
+                f"there is no query set {query_set!r}" if query_set else "nothing is indexed yet",
+                where=self.path,
+                found=f"query sets: {', '.join(self.queries()) or 'none'}",
+                do="add it with run.add_queries(dataset, name)" if query_set else "run `tda index`",
+            )
+        return Table(self.path, name)
+
+    def queries(self) -> list[str]:
+        """Names of the stored query sets (``table(f"queries/{name}")``), sorted."""
+        prefix = f"{QUERIES}/"
+        return [n.removeprefix(prefix) for n in table_names(self.path) if n.startswith(prefix)]
+
+    def add_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        """One more checkpoint, last; its chunks are missing in every table, the others stay.
+
+        ``checkpoint`` has name, digest, and step and learning_rate if known. One that is there
+        already is left alone. Raises MismatchError if its name is taken by another one.
+        """
+        known = self.manifest["checkpoints"]
+        grown = check_manifest({**self.manifest, "checkpoints": [*known, dict(checkpoint)]})
+        new = grown["checkpoints"][-1]
+        same_name = next((old for old in known if old["name"] == new["name"]), None)
+        if same_name is None:
+            write_manifest(self.path, grown)
+            self.manifest = grown
+        elif same_name != new:
+            raise MismatchError(
+                f"the run has another checkpoint {new['name']!r}",
+                where=self.path,
+                found=new,
+                wanted=same_name,
+                do="give the new checkpoint another name, or index into a new folder",
+            )
+        for name in table_names(self.path):
+            table = Table(self.path, name)
+            if table.specs["rows"].shape[0] != len(self.manifest["checkpoints"]):
+                grow_checkpoints(table, len(self.manifest["checkpoints"]))
+
+    def verify(self, *, withdraw: bool = True) -> list[Fault]:
+        """Read every byte; name every file or chunk that is missing, torn, altered or unmarked.
+
+        An empty list: the run is complete and is what was written. The mark of a damaged chunk is
+        withdrawn (unless ``withdraw`` is False or the folder is read-only), so that the next
+        `tda index` redoes this chunk and no other. Nothing else is changed.
+        """
+        return find_faults(self.path, self.manifest, withdraw)

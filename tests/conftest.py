@@ -1,0 +1,104 @@
+"""Fixtures: a problem as the engine sees it, and the same problem worked out naively."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import naive
+import numpy as np
+import problems
+import pytest
+import torch
+
+import tda
+
+if TYPE_CHECKING:
+    from tda.run import Run
+    from tda.task import Task
+
+
+@dataclass(frozen=True)
+class Indexed:
+    """A problem, indexed without projection, and its rows by the oracle (one a checkpoint)."""
+
+    problem: problems.Problem
+    run: Run
+    train: list[naive.Rows]
+    queries: list[naive.Rows]
+
+    def stored(self, checkpoint: int) -> np.ndarray:
+        """The engine's rows ∇f of the training set, [train, proj]."""
+        return self.run.store.table("train").rows(checkpoint, 0, len(self.problem.train)).numpy()
+
+
+def make_task(problem: problems.Problem) -> Task:
+    checkpoints = [
+        tda.Checkpoint(w.state, step=w.step, learning_rate=w.learning_rate)
+        for w in problem.checkpoints
+    ]
+    return tda.Task(problem.make(), checkpoints=checkpoints, measurement=problem.measurement)
+
+
+def naive_rows(problem: problems.Problem, dataset: Any) -> list[naive.Rows]:
+    return [
+        naive.rows(problem.make(), weights.state, dataset, problem.outcome)
+        for weights in problem.checkpoints
+    ]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_a_seed() -> Iterator[None]:
+    """Sums in one order, draws from one seed: a failure repeats."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_flushing() -> Iterator[None]:
+    """Flushing to the disk guards against power cuts only, and is most of a small test's time."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(os, "fsync", lambda descriptor: None)
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="session")
+def task_of() -> Callable[[problems.Problem], Task]:
+    """The engine's task for a problem."""
+    return make_task
+
+
+@pytest.fixture(scope="session")
+def index_exactly(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
+    """Index a task without projection, in float32 rows, in a folder of its own."""
+
+    def index(task: Task, dataset: Any, path: Path | None = None, **options: Any) -> Run:
+        given = {"projection": "identity", "dtype": "float32", "progress": False, **options}
+        return tda.index(task, dataset, path or tmp_path_factory.mktemp("run") / "run", **given)
+
+    return index
+
+
+@pytest.fixture(scope="session")
+def indexed(index_exactly: Callable[..., Run]) -> Callable[[str], Indexed]:
+    """A problem by name, indexed and worked out once in the whole session."""
+
+    @cache
+    def get(name: str) -> Indexed:
+        problem = problems.problem(name)
+        return Indexed(
+            problem=problem,
+            run=index_exactly(make_task(problem), problem.train, batch_size=4),
+            train=naive_rows(problem, problem.train),
+            queries=naive_rows(problem, problem.queries),
+        )
+
+    return get

@@ -1,0 +1,119 @@
+"""A run held in memory, with the reading half of the store's interface: rows made, not indexed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class MemoryTable:
+    """rows [C, n, k]; columns slope, curvature [C, n]; ``reads`` counts the rows read in order."""
+
+    name: str
+    values: np.ndarray
+    columns: dict[str, np.ndarray]
+    chunk_rows: int = 7
+    reads: list[int] = field(default_factory=list)
+
+    @property
+    def num_checkpoints(self) -> int:
+        return self.values.shape[0]
+
+    @property
+    def num_rows(self) -> int:
+        return self.values.shape[1]
+
+    @property
+    def dim(self) -> int:
+        return self.values.shape[2]
+
+    def rows(self, checkpoint: int, start: int, stop: int) -> Tensor:
+        self.reads.append(stop - start)
+        return torch.from_numpy(self.values[checkpoint, start:stop].astype(np.float32))
+
+    def gather(self, checkpoint: int, indices: np.ndarray) -> Tensor:
+        return torch.from_numpy(self.values[checkpoint, indices].astype(np.float32))
+
+    def column(self, name: str) -> np.ndarray:
+        if name == "id":
+            return np.array([f"{self.name}-{i}" for i in range(self.num_rows)])
+        return self.columns[name].astype(np.float32)
+
+    def require_complete(self) -> None:
+        """Rows in memory are all there."""
+
+
+@dataclass(frozen=True)
+class MemoryStore:
+    """Tables by name under a manifest; ``mark`` writes the marks that allow a cache."""
+
+    path: Path
+    manifest: dict[str, Any]
+    tables: dict[str, MemoryTable]
+
+    def table(self, name: str) -> MemoryTable:
+        return self.tables[name]
+
+    @property
+    def train(self) -> MemoryTable:
+        return self.tables["train"]
+
+    @property
+    def queries(self) -> MemoryTable:
+        return self.tables["queries/q"]
+
+    def with_train(self, **changes: Any) -> MemoryStore:
+        changed = replace(self.train, reads=[], **changes)
+        return replace(self, tables={**self.tables, "train": changed})
+
+    def mark(self) -> MemoryStore:
+        done = self.path / "train" / "done"
+        done.mkdir(parents=True, exist_ok=True)
+        for c, rows in enumerate(self.train.values):
+            digest = hashlib.sha256(rows.tobytes()).hexdigest()
+            (done / f"c{c}-0.json").write_text(json.dumps({"config": digest}))
+        return self
+
+
+def make_store(
+    path: Path,
+    *,
+    num_checkpoints: int = 2,
+    num_train: int = 40,
+    num_queries: int = 6,
+    dim: int = 12,
+    has_margin: bool = True,
+    chunk_rows: int = 7,
+    seed: int = 0,
+) -> MemoryStore:
+    """Random rows with the columns of a log-odds measurement (or of a loss, without a margin)."""
+    rng = np.random.default_rng(seed)
+
+    def table(name: str, n: int) -> MemoryTable:
+        shape = (num_checkpoints, n)
+        spread = np.exp(rng.normal(size=(num_checkpoints, 1, dim)))  # an uneven spectrum
+        values = (rng.normal(size=(*shape, dim)) * spread).astype(np.float32)
+        p = rng.uniform(0.05, 0.95, shape)
+        slope, link = -(1 - p), p * (1 - p)
+        if not has_margin:
+            slope, link = rng.normal(size=shape), np.ones(shape)
+        columns = {"slope": slope.astype(np.float32), "curvature": link.astype(np.float32)}
+        return MemoryTable(name, values, columns, chunk_rows)
+
+    manifest = {
+        "measurement": {"name": "made", "digest": "0", "has_margin": has_margin},
+        "checkpoints": [
+            {"name": f"step {c}", "step": c, "learning_rate": 0.1 / (c + 1), "digest": str(c)}
+            for c in range(num_checkpoints)
+        ],
+    }
+    tables = {"train": table("train", num_train), "queries/q": table("queries/q", num_queries)}
+    return MemoryStore(path, manifest, tables)

@@ -1,0 +1,284 @@
+"""Stored rows are per-example gradients, and whatever cannot be one is refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import naive
+import numpy as np
+import problems
+import pytest
+import torch
+import torch.nn.functional as F
+from models import Net, free
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import tda
+from tda.errors import GradientError, TdaError
+from tda.run import Run
+from tda.task import Task
+
+TOLERANCE = 1e-5
+X, Y = torch.randn(12, 3, 5, generator=torch.Generator().manual_seed(1)), torch.arange(12) % 4
+
+
+def classify(model: nn.Module) -> Task:
+    """A task of one checkpoint: the model as it is."""
+    return tda.Task(model, checkpoints=[model.state_dict()], measurement="cross_entropy")
+
+
+def sequences() -> problems.Listed:
+    """Inputs [3, 5] in four classes."""
+    return problems.Listed([(x, int(y)) for x, y in zip(X, Y, strict=True)])
+
+
+@pytest.mark.parametrize("name", problems.NAMES)
+def test_rows_are_the_gradients_of_single_examples(name: str, indexed: Callable) -> None:
+    case = indexed(name)
+    for c, wanted in enumerate(case.train):
+        assert naive.row_error(case.stored(c), wanted.df) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", problems.NAMES)
+def test_columns_are_the_link_between_output_and_loss(name: str, indexed: Callable) -> None:
+    case = indexed(name)
+    table = case.run.store.table("train")
+    for column, of in {
+        "loss": lambda rows: rows.loss,
+        "slope": lambda rows: rows.slope,
+        "curvature": lambda rows: rows.curvature,
+        "grad_norm": lambda rows: np.linalg.norm(rows.df, axis=1),
+    }.items():
+        wanted = np.stack([of(rows) for rows in case.train])
+        assert naive.relative_error(table.column(column), wanted) < TOLERANCE, column
+    p = np.stack([rows.p for rows in case.train])
+    np.testing.assert_allclose(table.column("p"), p, rtol=TOLERANCE)  # NaN where undefined
+
+
+# Models that a tap may not see through: right, or refused.
+
+
+def routed(net: Any, x: Tensor) -> Tensor:
+    """Each example goes through one of two layers: they see part of the batch."""
+    first, h = x[:, 0, 0] > 0, x.new_zeros(len(x), 4)
+    h[first] = net.one(x.mean(1)[first])
+    h[~first] = net.two(x.mean(1)[~first])
+    return h
+
+
+def sorted_batch(net: Any, x: Tensor) -> Tensor:
+    """The layer sees the examples in another order."""
+    order = x.sum((1, 2)).argsort()
+    return net.one(x.mean(1)[order])[order.argsort()]
+
+
+class Cubed(torch.autograd.Function):
+    """x³ with a backward of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return 3 * ctx.saved_tensors[0] ** 2 * grads[0]
+
+
+def linear(out: int = 4, inner: int = 5) -> nn.Module:
+    return nn.Linear(inner, out)
+
+
+STRANGE: dict[str, Callable[[], nn.Module]] = {
+    "routed": lambda: Net(routed, one=linear(), two=linear()),
+    "sorted_batch": lambda: Net(sorted_batch, one=linear()),
+    "stacked_batches": lambda: Net(
+        lambda net, x: net.one(torch.cat([x, -x])).reshape(2, len(x), 3, 4).prod(0).sum(1),
+        one=linear(),
+    ),
+    "interleaved": lambda: Net(
+        lambda net, x: net.one(x.repeat_interleave(2, 0)).unflatten(0, (-1, 2))[:, 1].sum(1),
+        one=linear(),
+    ),
+    "one_call_an_example": lambda: Net(
+        lambda net, x: torch.stack([net.one(row).sum(0) for row in x]), one=linear()
+    ),
+    "unused_parameter": lambda: Net(lambda net, x: net.one(x.sum(1)), one=linear(), two=linear()),
+    "reentrant_checkpoint": lambda: Net(
+        lambda net, x: checkpoint(net.one, x.sum(1), use_reentrant=x.dtype == torch.float32),
+        one=linear(),
+    ),
+    "checkpoint": lambda: Net(
+        lambda net, x: net.two(checkpoint(net.one, x.sum(1), use_reentrant=False).tanh()),
+        one=linear(5),
+        two=linear(),
+    ),
+    "sliced_weight": lambda: Net(lambda net, x: F.linear(x.sum(1), net.w[:4, 1:]), w=free(6, 6)),
+    "concatenated_weight": lambda: Net(
+        lambda net, x: x.sum(1) @ torch.cat([net.w, net.v], 1), w=free(5, 3), v=free(5, 1)
+    ),
+    "product_of_parameters": lambda: Net(
+        lambda net, x: F.linear(x.sum(1), net.u @ net.v), u=free(4, 2), v=free(2, 5)
+    ),
+    "expanded_weight": lambda: Net(
+        lambda net, x: torch.bmm(x, net.w.expand(len(x), 5, 4)).sum(1), w=free(5, 4)
+    ),
+    "own_backward": lambda: Net(lambda net, x: Cubed.apply(net.one(x.sum(1))), one=linear()),
+    "penalty_inside": lambda: Net(
+        lambda net, x: net.one(x.sum(1)) * (1 + net.one.weight.square().sum()), one=linear()
+    ),
+    "gru_cell": lambda: Net(
+        lambda net, x: net.cell(x[:, 1], net.cell(x[:, 0])), cell=nn.GRUCell(5, 4)
+    ),
+    "attention_position_first": lambda: Net(
+        lambda net, x: net.one(net.mix(*[x.transpose(0, 1)] * 3)[0][0]),
+        mix=nn.MultiheadAttention(5, 1),
+        one=linear(),
+    ),
+    "embedding_bag": lambda: Net(
+        lambda net, x: net.bag(x.abs().mul(2).long().clamp(max=6).flatten(1)),
+        bag=nn.EmbeddingBag(7, 4, mode="mean"),
+    ),
+    "shared_over_batch": lambda: Net(  # positions of batch 1, as in many language models
+        lambda net, x: net.one((x + net.place(torch.arange(3)[None])).tanh().sum(1)),
+        place=nn.Embedding(3, 5),
+        one=linear(),
+    ),
+    "table_through_a_layer": lambda: Net(  # the layer never sees the batch
+        lambda net, x: x.sum(1) @ net.one(net.w).tanh(), one=linear(4), w=free(5, 5)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_a_strange_model_is_right_or_refused(name: str, index_exactly: Callable) -> None:
+    torch.manual_seed(3)
+    model, data = STRANGE[name](), sequences()
+    wanted = naive.rows(model, model.state_dict(), data, problems.classified).df
+    try:
+        run = index_exactly(classify(model), data, batch_size=5)
+    except GradientError:
+        return
+    assert naive.row_error(run.store.table("train").rows(0, 0, 12).numpy(), wanted) < TOLERANCE
+
+
+COUPLED: dict[str, Callable[[], nn.Module]] = {
+    "batch_norm_without_statistics": lambda: nn.Sequential(
+        nn.Flatten(), nn.BatchNorm1d(15, track_running_stats=False), nn.Linear(15, 4)
+    ),
+    "centred_on_the_batch": lambda: Net(
+        lambda net, x: net.two(net.one((x - x.mean(0)).sum(1)).tanh()),
+        one=linear(),
+        two=linear(4, 4),
+    ),
+    "attends_over_the_batch": lambda: Net(
+        lambda net, x: net.one(torch.softmax(x.sum(1) @ x.sum(1).T, 1) @ x.sum(1)), one=linear()
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COUPLED)
+def test_a_model_that_mixes_examples_is_refused(name: str, index_exactly: Callable) -> None:
+    with pytest.raises(GradientError):
+        index_exactly(classify(COUPLED[name]()), sequences())
+
+
+def test_bfloat16_autocast_loses_only_bfloat16(index_exactly: Callable) -> None:
+    def run(net: Any, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=net.one.weight.dtype == torch.float32):
+            return net.two(torch.tanh(net.one(x.sum(1))))
+
+    model = Net(run, one=linear(6), two=linear(4, 6))
+    wanted = naive.rows(model, model.state_dict(), sequences(), problems.classified).df
+    found: Run = index_exactly(classify(model), sequences())
+    assert naive.row_error(found.store.table("train").rows(0, 0, 12).numpy(), wanted) < 0.03
+
+
+# What a failed or finished run leaves behind.
+
+
+def state_of(model: nn.Module) -> dict[str, Any]:
+    """All that indexing might disturb in a model, by name."""
+    flags: dict[str, Any] = {f"training {n}": m.training for n, m in model.named_modules()}
+    flags |= {f"hooks {n}": len(m._forward_hooks) for n, m in model.named_modules()}
+    for name, parameter in model.named_parameters():
+        flags |= {f"needs grad {name}": parameter.requires_grad, f"grad {name}": parameter.grad}
+    return flags | {name: value.tolist() for name, value in model.state_dict().items()}
+
+
+def batch_normed() -> nn.Module:
+    """In training mode but for one part, one parameter frozen."""
+    model: Any = problems.problem("norms").make().train()
+    model[1].eval()
+    model[9].bias.requires_grad_(False)
+    return model
+
+
+class Fails(nn.Module):
+    """A model whose forward pass raises from the third call on."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.calls = model, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls > 2:
+            raise RuntimeError("out of order")
+        return self.model(x)
+
+
+def test_indexing_leaves_the_model_as_it_was(index_exactly: Callable, task_of: Callable) -> None:
+    problem, model = problems.problem("norms"), batch_normed()
+    before = state_of(model)
+    saved = [tda.Checkpoint(w.state) for w in problem.checkpoints]
+    task = tda.Task(model, checkpoints=saved, measurement="cross_entropy")
+    run = index_exactly(task, problem.train)
+    run.scores(problem.queries, recipe="grad_dot").compute()
+    assert state_of(model) == before
+
+
+def test_batch_norm_and_dropout_are_evaluated_even_in_training_mode(
+    index_exactly: Callable,
+) -> None:
+    problem, model = problems.problem("norms"), batch_normed()
+    weights = problem.checkpoints[1].state
+    task = tda.Task(model, checkpoints=[weights], measurement="cross_entropy")
+    wanted = naive.rows(model, weights, problem.train, problem.outcome).df
+    run = index_exactly(task, problem.train)
+    assert naive.row_error(run.store.table("train").rows(0, 0, 10).numpy(), wanted) < TOLERANCE
+
+
+def test_a_failure_leaves_the_model_as_it_was(index_exactly: Callable) -> None:
+    model = Fails(batch_normed())
+    before = state_of(model)
+    task = classify(model)
+    with pytest.raises((RuntimeError, TdaError), match="out of order"):
+        index_exactly(task, problems.problem("norms").train, batch_size=2)
+    assert state_of(model) == before
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 0.0], ids=["nan", "inf", "gradient"])
+def test_a_gradient_that_is_not_finite_names_the_example(
+    bad: float, index_exactly: Callable
+) -> None:
+    """√|x·w| at x = 0 has a finite value and no finite gradient."""
+
+    def run(net: Any, x: Tensor) -> Tensor:
+        return net.one(x).abs().sqrt()
+
+    rows = [{"input": x[0], "target": i % 4, "id": f"row-{i}"} for i, x in enumerate(X)]
+    rows[7]["input"] = torch.full((5,), bad)
+    model = Net(run, one=nn.Linear(5, 4, bias=False))
+    before = state_of(model)
+    with pytest.raises(GradientError, match="row-7"):
+        index_exactly(classify(model), problems.Listed(rows))
+    assert state_of(model) == before
+
+
+def test_a_model_without_trainable_parameters_is_refused(index_exactly: Callable) -> None:
+    model = linear().requires_grad_(False)
+    with pytest.raises(TdaError):
+        index_exactly(classify(model), sequences())
