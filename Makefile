@@ -7,13 +7,14 @@ INSTALLED := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test slow check format clean
+.PHONY: help install demo test slow lint check format clean
 
 help:
 	@echo 'make demo     train, index, ask, and write stores/demo/report.html (under two minutes)'
 	@echo 'make test     the default test suite'
 	@echo 'make slow     the long tests: kills at random moments, fetched data'
-	@echo 'make check    what CI runs: format, lint, types, tests'
+	@echo 'make lint     format, lint and types'
+	@echo 'make check    what CI runs: lint, then test'
 	@echo 'make format   rewrite the sources in the project format'
 	@echo 'make install  only the set-up: .venv with the pinned dependencies'
 	@echo 'make clean    remove .venv and the caches'
@@ -36,11 +37,12 @@ test: $(INSTALLED)
 slow: $(INSTALLED)
 	$(PYTEST) -n 2 -m "slow or realdata"
 
-check: $(INSTALLED)
+lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(PYTEST) -n 2
+
+check: lint test
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .

@@ -136,14 +136,15 @@ def _tell(run: tda.Run) -> None:
     top = run.top_k("test", k=5, recipe="influence")
     console.print(
         f"{queries.column('id')[worst]} is a {queries.column('label')[worst]}; "
-        f"the network gives that {probability[worst]:.2g}"
+        f"the network gives that {probability[worst]:.2g}",
+        soft_wrap=True,
     )
     for side, ranking in (("for", top.proponents), ("against", top.opponents)):
         named = [
             f"{name} (a {labels[index]})"
             for name, index in zip(ranking.ids[worst], ranking.indices[worst], strict=True)
         ]
-        console.print(f"  spoke {side} it: {', '.join(named)}")
+        console.print(f"  spoke {side} it: {', '.join(named)}", soft_wrap=True)
 
 
 if __name__ == "__main__":

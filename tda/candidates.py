@@ -32,7 +32,8 @@ MIN_RECALL = 0.95  # lists are probed until a sample of queries reaches it
 SAMPLE = 64  # queries the recall is measured on
 WIDTH = {"flat": 1.25, "ivf": 1.25, "ivfpq": 10}  # candidates per answer: compressed ones mislead
 POINTS_PER_LIST = 39  # FAISS's own minimum for k-means
-CODES = 256  # centroids of one product-quantiser byte
+PIECES = 256  # of a vector, each coded by the nearest of 16 centroids: 128 bytes a row
+CENTROIDS = 16
 QUERY_TILE = 32  # queries whose candidates are gathered at a time
 
 
@@ -55,7 +56,7 @@ class RowIndex:
         n, dim = prepared.train.num_rows, len(prepared.queries) * prepared.train.dim
         if kind is None:
             kind = "flat" if 4 * n * dim <= FLAT_BYTES else "ivfpq"
-        if n < POINTS_PER_LIST * (CODES if kind == "ivfpq" else 1):
+        if n < POINTS_PER_LIST * (CENTROIDS if kind == "ivfpq" else 1):
             kind = "flat"
         cache = Cache.of(store)
         weights = hashlib.sha256(prepared.row_weights.numpy().tobytes()).hexdigest()
@@ -140,13 +141,11 @@ def approximate_top_k(store: Store, prepared: Prepared, k: int, kind: Kind | Non
 def _trained(kind: Kind, dim: int, prepared: Prepared) -> Any:
     """An empty inverted-file index; lists and codes are learnt on a seeded sample of rows."""
     n = prepared.train.num_rows
-    lists = max(1, min(int(4 * n**0.5), n // POINTS_PER_LIST))
-    if kind == "ivf":
-        codes, wanted = "Flat", POINTS_PER_LIST * lists
-    else:
-        pieces = max(m for m in (1, 2, 4, 8, 16, 32, 64) if dim % m == 0)
-        codes, wanted = f"PQ{pieces}", POINTS_PER_LIST * max(lists, CODES)
+    lists = max(1, min(int(n**0.5), n // POINTS_PER_LIST))
+    pieces = max(m for m in range(1, PIECES + 1) if dim % m == 0)
+    codes = "Flat" if kind == "ivf" else f"PQ{pieces}x4fs"
     index = faiss.index_factory(dim, f"IVF{lists},{codes}", faiss.METRIC_INNER_PRODUCT)
+    wanted = POINTS_PER_LIST * max(lists, CENTROIDS)
     sample = np.sort(np.random.default_rng(0).choice(n, min(n, wanted), replace=False))
     index.train(_gathered(prepared, sample))
     return index

@@ -124,6 +124,7 @@ def _same_length(arrays: Mapping[Any, Any]) -> None:
 
 def split(example: Any) -> tuple[Any, dict[str, Any]]:
     """An example as (what the model and the measurement see, what rides along)."""
+    content: Any
     if isinstance(example, Mapping):
         extras = {name: example[name] for name in RIDE_ALONG if example.get(name) is not None}
         content = {k: _tensor(v) for k, v in example.items() if k not in RIDE_ALONG}

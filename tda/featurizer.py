@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -33,22 +33,30 @@ class Features:
     """What a store keeps of a batch at one checkpoint.
 
     rows: ``[example, proj]``; columns: loss, p, slope, curvature, grad_norm, each ``[example]``;
-    embedding: ``[example, hidden]`` or None. All float32.
+    embedding: ``[example, hidden]``, of width 0 where there is none. All float32.
     """
 
     rows: Tensor
     columns: dict[str, Tensor]
-    embedding: Tensor | None
+    embedding: Tensor
 
     @staticmethod
     def concatenate(parts: list[Features]) -> Features:
         """The features of several batches, in order."""
-        hidden = [p.embedding for p in parts if p.embedding is not None]
         return Features(
             torch.cat([p.rows for p in parts]),
             {name: torch.cat([p.columns[name] for p in parts]) for name in parts[0].columns},
-            torch.cat(hidden) if hidden else None,
+            torch.cat([p.embedding for p in parts]),
         )
+
+    def with_embedding(self, width: int) -> Features:
+        """With an embedding of this width: zeros if the batch did not show one like it.
+
+        A layer that sees part of a batch (a mixture of experts, say) has none for the examples.
+        """
+        if self.embedding.shape[1] == width:
+            return self
+        return replace(self, embedding=torch.zeros(len(self.rows), width))
 
 
 class Featurizer:
@@ -122,7 +130,7 @@ class Featurizer:
         return Features(
             projector.rows(buffer).cpu(),
             {name: values.detach().float().cpu() for name, values in columns.items()},
-            None if hidden is None else hidden.cpu(),
+            torch.empty(num_examples, 0) if hidden is None else hidden.cpu(),
         )
 
 
@@ -150,11 +158,11 @@ def fill(
                     do="make the examples alike in shape, or index these on their own",
                 ) from error
             _check_finite(features, table, first, checkpoint)
-            parts.append(features)
+            parts.append(features.with_embedding(table.hidden or 0))
             tick(last - first)
         done = Features.concatenate(parts)
         columns = {name: values.numpy() for name, values in done.columns.items()}
-        embedding = None if done.embedding is None else done.embedding.numpy()
+        embedding = done.embedding.numpy() if table.hidden else None
         table.write(checkpoint, chunk, done.rows.numpy(), columns, embedding)
 
 

@@ -65,6 +65,12 @@ def index(
         projection = Projection(projection, proj_dim, seed)
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ConfigError("batch_size is not a count", found=repr(batch_size), wanted="≥ 1")
+    if not isinstance(task, Task):
+        raise TaskError(
+            "the first argument is not a task",
+            found=type(task).__name__,
+            do="index(tda.Task(model, checkpoints=[…]), dataset, path)",
+        )
     path, data = Path(path), as_dataset(dataset)
     with progress_bar("reading the data", len(data), progress) as tick:
         examples, _ = describe(data, lambda done: tick(1))
@@ -244,12 +250,11 @@ class Run:
         Exact by default. ``approximate``: FAISS proposes candidates, whose scores are then exact;
         the measured recall comes with the answer.
         """
-        from tda import index as faiss_index
-        from tda import scorer
+        from tda import candidates, scorer
 
         prepared = self._prepare(queries, recipe)
         if approximate:
-            return faiss_index.approximate_top_k(self.store, prepared, k)
+            return candidates.approximate_top_k(self.store, prepared, k)
         return scorer.top_k(prepared, k)
 
     def self_influence(self, recipe: str | Recipe = "influence") -> np.ndarray:
@@ -313,9 +318,10 @@ class Run:
     def _plan(self, name: str, examples: Examples, data: Dataset) -> Table:
         """The table of a data set, created if need be, with as many hidden units as the model."""
         try:
-            hidden = self.store.table("train").hidden
-        except StoreError:
-            hidden = self._ready().probe(data)
+            train = self.store.table("train")
+        except StoreError:  # nothing is planned yet
+            train = None
+        hidden = self._ready().probe(data) if train is None else train.hidden
         return self.store.plan(name, examples, hidden)
 
     def _fill(

@@ -298,6 +298,19 @@ def test_the_demo_runs_the_digits_job_and_prints_the_report_last(tmp_path, monke
     assert ran("demo", "--path", tmp_path).output.splitlines()[-1] == str(tmp_path / "report.html")
 
 
+@pytest.mark.slow
+def test_the_demo_ends_in_a_report_and_a_second_one_computes_nothing(tmp_path):
+    run = tmp_path / "demo"
+    assert ran("demo", "--path", run).output.splitlines()[-1] == str(run / "report.html")
+    page = (run / "report.html").read_bytes()
+    marks = {file: file.stat().st_mtime_ns for file in run.rglob("done/c*-*.json")}
+    assert len(marks) == 3 * (6 + 2)
+    assert "no faults" in ran("verify", run).output
+    ran("demo", "--path", run)
+    assert {file: file.stat().st_mtime_ns for file in run.rglob("done/c*-*.json")} == marks
+    assert (run / "report.html").read_bytes() == page
+
+
 def test_an_installation_without_the_job_says_so(tmp_path, monkeypatch):
     from tda.cli import workload
 

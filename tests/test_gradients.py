@@ -22,6 +22,7 @@ from tda.task import Task
 
 TOLERANCE = 1e-5
 X, Y = torch.randn(12, 3, 5, generator=torch.Generator().manual_seed(1)), torch.arange(12) % 4
+X = X[X[:, 0, 0].argsort()]
 
 
 def classify(model: nn.Module) -> Task:
@@ -68,6 +69,12 @@ def routed(net: Any, x: Tensor) -> Tensor:
     return h
 
 
+def late(net: Any, x: Tensor) -> Tensor:
+    """A parameter that no example of the first batches uses."""
+    chosen, h = x[:, 0, 0] > 0, net.one(x.mean(1))
+    return h + chosen[:, None] * (x.mean(1) @ net.w**2) if chosen.any() else h
+
+
 def sorted_batch(net: Any, x: Tensor) -> Tensor:
     """The layer sees the examples in another order."""
     order = x.sum((1, 2)).argsort()
@@ -93,6 +100,7 @@ def linear(out: int = 4, inner: int = 5) -> nn.Module:
 
 STRANGE: dict[str, Callable[[], nn.Module]] = {
     "routed": lambda: Net(routed, one=linear(), two=linear()),
+    "late": lambda: Net(late, one=linear(), w=free(5, 4)),
     "sorted_batch": lambda: Net(sorted_batch, one=linear()),
     "stacked_batches": lambda: Net(
         lambda net, x: net.one(torch.cat([x, -x])).reshape(2, len(x), 3, 4).prod(0).sum(1),
@@ -152,13 +160,18 @@ STRANGE: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # reentrant
+@pytest.mark.parametrize("batch_size", [1, 3, 5], ids=["one", "as_positions", "as_features"])
 @pytest.mark.parametrize("name", STRANGE)
-def test_a_strange_model_is_right_or_refused(name: str, index_exactly: Callable) -> None:
+def test_a_strange_model_is_right_or_refused(
+    name: str, batch_size: int, index_exactly: Callable
+) -> None:
+    """Also where the batch is as long as another axis."""
     torch.manual_seed(3)
     model, data = STRANGE[name](), sequences()
     wanted = naive.rows(model, model.state_dict(), data, problems.classified).df
     try:
-        run = index_exactly(classify(model), data, batch_size=5)
+        run = index_exactly(classify(model), data, batch_size=batch_size)
     except GradientError:
         return
     assert naive.row_error(run.store.table("train").rows(0, 0, 12).numpy(), wanted) < TOLERANCE

@@ -299,6 +299,7 @@ def test_slicing_the_array_computes_only_what_is_looked_at(tmp_path, monkeypatch
     store = make_store(tmp_path, num_checkpoints=1, num_train=40, chunk_rows=7)
     lazy = scores(prepare(store, RECIPES["grad_dot"], store.queries))
     assert lazy.chunks == ((6,), (7, 7, 7, 7, 7, 5))
+    assert len(dict(lazy.dask)) <= lazy.npartitions + 1
     full = lazy.compute(scheduler="synchronous")
     for index in (np.s_[2:4, 8:12], np.s_[3], np.s_[:, 39], np.s_[::-2, 30:3:-4], np.s_[[4, 1], 5]):
         store.train.reads.clear()

@@ -43,6 +43,7 @@ MANIFEST: dict[str, Any] = {
     "chunk_rows": CHUNK,
     "versions": {"torch": "2"},
 }
+FLOATS = st.floats(-(2.0**127), 2.0**127, width=32)
 ODD_IDS = [
     "../../etc/passwd",
     "é/ü 日本 🙂",
@@ -161,8 +162,8 @@ def test_any_range_and_any_gather_is_the_same_rows(tmp_path, dtype):
         assert torch.equal(table.gather(1, indices), whole[torch.as_tensor(indices).long()])
 
 
-@given(hnp.arrays(np.float32, (3, 4), elements=st.floats(-3e38, 3e38, width=32)))
-@settings(max_examples=200, deadline=None)
+@given(hnp.arrays(np.float32, (3, 4), elements=FLOATS))
+@settings(max_examples=50, deadline=None)
 def test_bfloat16_is_the_nearest_ties_to_even(rows):
     bits = rows.view(np.uint32).astype(np.uint64)
     nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
@@ -171,8 +172,8 @@ def test_bfloat16_is_the_nearest_ties_to_even(rows):
     np.testing.assert_array_equal(stored, nearest)
 
 
-@given(hnp.arrays(np.float32, (3, 4), elements=st.floats(-3e38, 3e38, width=32)))
-@settings(max_examples=200, deadline=None)
+@given(hnp.arrays(np.float32, (3, 4), elements=FLOATS))
+@settings(max_examples=50, deadline=None)
 def test_int8_is_within_half_a_step_and_zero_stays_zero(rows):
     stored, scale = encode_rows(rows, "int8")
     assert scale is not None and np.isfinite(scale).all()
@@ -368,27 +369,18 @@ def test_a_mark_never_stands_over_files_that_are_being_replaced(tmp_path, monkey
 
 # ---- damage
 
-FILES = sorted(contents_of := ["manifest.json"])
 KINDS = [
     "manifest.json",
-    "train/zarr.json",
-    "train/rows/zarr.json",
     "train/rows/c/1/2/0",
     "train/loss/c/0/0",
-    "train/embedding/c/0/1/0",
     "train/id/c/0/0",
     "train/digest/c/1/0",
-    "train/text/c/2/0",
     "train/image/c/0/0/0",
-    "train/label/c/0",
     "train/label/zarr.json",
-    "train/done/zarr.json",
     "train/done/static.json",
     "train/done/c1-0.json",
     "queries/q/rows/c/0/0/0",
     "queries/q/done/c0-0.json",
-    "queries/q/id/c/0/0",
-    "queries/q/done/static.json",
 ]
 
 
@@ -400,6 +392,22 @@ def sound(tmp_path_factory) -> Path:
         store = build(tmp_path_factory.mktemp("sound") / "run")
         fill(store.plan("queries/q", examples(3), H))
     return store.path
+
+
+@pytest.fixture(scope="module")
+def longer(tmp_path_factory) -> Path:
+    """The same run made at once with three more examples."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        return build(tmp_path_factory.mktemp("longer") / "run", n=13).path
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory) -> dict[str, Table]:
+    """By dtype: a run with nothing computed. Only for writes that are refused."""
+    folder = tmp_path_factory.mktemp("planned")
+    stores = {d: Store.create(folder / d, {**MANIFEST, "dtype": d}) for d in DTYPES}
+    return {dtype: store.plan("train", examples(), H) for dtype, store in stores.items()}
 
 
 def flip(path: Path, seed: int = 0) -> None:
@@ -454,7 +462,7 @@ def test_damage_to_any_file_is_refused_found_and_mended(tmp_path, sound, name, d
 
 @given(st.data())
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_verify_finds_every_altered_byte(sound, data):
     """Any byte of any file, any other value."""
@@ -465,15 +473,10 @@ def test_verify_finds_every_altered_byte(sound, data):
     mask = data.draw(st.integers(1, 255))
     path.write_bytes(intact[:place] + bytes([intact[place] ^ mask]) + intact[place + 1 :])
     try:
-        try:
-            faults = Store.open(sound).verify(withdraw=False)
-        except StoreError as error:
-            assert name == "manifest.json" and error.do
-        else:
-            assert [fault.path for fault in faults] == [name]
+        faults = Store(sound, MANIFEST).verify(withdraw=False)
     finally:
         path.write_bytes(intact)
-    assert Store.open(sound).verify() == []
+    assert [fault.path for fault in faults] == [name]
 
 
 def test_a_byte_altered_after_it_was_read_is_refused_too(tmp_path, sound):
@@ -536,19 +539,19 @@ def test_verify_finds_an_altered_projection(tmp_path):
 # ---- growing
 
 
-@pytest.mark.parametrize("longer", [11, 12, 13, 17])
-def test_appended_examples_leave_the_bytes_of_a_run_made_at_once(tmp_path, longer):
+@pytest.mark.parametrize("n", [12, 17])
+def test_appended_examples_leave_the_bytes_of_a_run_made_at_once(tmp_path, n):
     """Only chunks whose examples changed are computed; strings may be longer than before."""
     store = build(tmp_path / "grown")
-    table = Store.create(store.path, MANIFEST).plan("train", examples(longer), H)
-    assert {chunk for _, chunk in fill(table)} == set(range(N // CHUNK, -(-longer // CHUNK)))
-    build(tmp_path / "once", n=longer)
+    table = Store.create(store.path, MANIFEST).plan("train", examples(n), H)
+    assert {chunk for _, chunk in fill(table)} == set(range(N // CHUNK, -(-n // CHUNK)))
+    build(tmp_path / "once", n=n)
     assert contents(tmp_path / "grown") == contents(tmp_path / "once")
     assert Store.open(store.path).verify() == []
 
 
-@pytest.mark.parametrize("writes", range(0, 40, 3))
-def test_an_append_interrupted_anywhere_is_continued(tmp_path, sound, monkeypatch, writes):
+@pytest.mark.parametrize("writes", range(0, 42, 6))
+def test_an_append_interrupted_anywhere_is_continued(tmp_path, sound, longer, monkeypatch, writes):
     path = tmp_path / "run"
     shutil.copytree(sound, path)
     left = iter(range(writes))
@@ -576,8 +579,7 @@ def test_an_append_interrupted_anywhere_is_continued(tmp_path, sound, monkeypatc
     fill(store.plan("train", examples(13), H))
     assert store.verify() == []
     shutil.rmtree(path / "queries")
-    build(tmp_path / "once", n=13)
-    assert contents(path) == contents(tmp_path / "once")
+    assert contents(path) == contents(longer)
 
 
 def test_an_added_checkpoint_is_missing_everywhere_and_the_rest_is_kept(tmp_path):
@@ -711,33 +713,37 @@ def test_a_folder_that_is_no_run_is_not_written_to(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("place", ["rows", "loss", "p", "grad_norm", "embedding"])
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(
+    ("place", "bad"),
+    [("rows", np.nan), ("rows", -np.inf), ("loss", np.inf), ("p", np.inf), ("embedding", np.nan)],
+)
 def test_a_number_that_is_not_finite_is_refused_by_the_id_of_its_example(
-    tmp_path, dtype, place, bad
+    planned, dtype, place, bad
 ):
-    store = Store.create(tmp_path / "run", {**MANIFEST, "dtype": dtype})
-    table = store.plan("train", examples(), H)
     rows, columns, embedding = copy.deepcopy(values(0, CHUNK, 2 * CHUNK))
     ({"rows": rows, "embedding": embedding} | columns)[place][1] = bad
-    if place == "p" and np.isnan(bad):  # no label, no probability
-        table.write(0, 1, rows, columns, embedding)
-        return
     with pytest.raises(GradientError, match=re.escape(repr(ODD_IDS[CHUNK + 1]))):
-        table.write(0, 1, rows, columns, embedding)
-    assert len(table.missing()) == 6
+        planned[dtype].write(0, 1, rows, columns, embedding)
+    assert contents(planned[dtype].folder / "rows/c") == {}
 
 
-def test_a_finite_number_that_bfloat16_cannot_hold_is_refused(tmp_path):
+def test_a_probability_may_be_undefined(tmp_path):
     table = Store.create(tmp_path / "run", MANIFEST).plan("train", examples(), H)
+    rows, columns, embedding = values(0, 0, CHUNK)
+    table.write(0, 0, rows, {**columns, "p": columns["p"] * np.nan}, embedding)
+    assert table.missing()[0] == (0, 1)
+
+
+def test_a_finite_number_that_bfloat16_cannot_hold_is_refused(planned):
+    table = planned["bfloat16"]
     rows, columns, embedding = copy.deepcopy(values(0, 0, CHUNK))
     rows[2, 0] = np.finfo(np.float32).max
     with pytest.raises(GradientError, match="too large for bfloat16"):
         table.write(0, 0, rows, columns, embedding)
 
 
-def test_a_chunk_of_another_shape_is_refused(tmp_path):
-    table = Store.create(tmp_path / "run", MANIFEST).plan("train", examples(), H)
+def test_a_chunk_of_another_shape_is_refused(planned):
+    table = planned["bfloat16"]
     rows, columns, embedding = values(0, 0, CHUNK)
     for given_chunk in (
         (rows[:-1], columns, embedding),
@@ -774,9 +780,10 @@ def test_data_that_cannot_be_stored_are_refused(tmp_path, change, says):
 # ---- the disk
 
 
-@pytest.mark.parametrize("after", range(0, 40, 4))
-def test_a_full_disk_is_told_and_costs_only_what_was_being_written(tmp_path, monkeypatch, after):
-    whole = contents(build(tmp_path / "whole").path)
+@pytest.mark.parametrize("after", range(0, 42, 6))
+def test_a_full_disk_is_told_and_costs_only_what_was_being_written(
+    tmp_path, sound, monkeypatch, after
+):
     path = tmp_path / "run"
     left = iter(range(after))
     write = files._write
@@ -794,7 +801,7 @@ def test_a_full_disk_is_told_and_costs_only_what_was_being_written(tmp_path, mon
     monkeypatch.setattr(files, "_write", write)
     assert not [name for name in contents(path) if name.endswith(".tmp")] if path.exists() else True
     build(path)
-    assert contents(path) == whole
+    assert contents(path / "train") == contents(sound / "train")
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS])

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import tda
+from tda.errors import RecipeError
 from tda.run import Run
 from tda.task import Task
 
@@ -63,6 +64,23 @@ def test_damping_is_relative_to_the_mean_eigenvalue(
         # σ_max/λ ≤ tr(H)/λ = k/damping, by which the rounding of float32 rows is multiplied.
         rounding = 1e-8 * case.train[0].df.shape[1] / damping
         assert naive.relative_error(found, wanted) < TOLERANCE + rounding
+
+
+@pytest.mark.parametrize("recipe", ["trak", "influence"])
+def test_an_inverse_that_does_not_exist_is_refused(recipe: str, indexed: Callable) -> None:
+    """Fewer examples than parameters and no damping."""
+    case, undamped = indexed("digits_mlp"), replace(tda.RECIPES[recipe], damping=0.0)
+    with pytest.raises(RecipeError, match="damping"):
+        scores(case.run, case.problem.queries, undamped)
+
+
+def test_tracin_needs_learning_rates(score_once: Callable) -> None:
+    """Σ_c η_c has no default: a checkpoint without one is named."""
+    model = nn.Linear(5, 4)
+    saved = [tda.Checkpoint(model.state_dict(), learning_rate=0.1), model.state_dict()]
+    data = (torch.randn(6, 5), torch.arange(6) % 4)
+    with pytest.raises(RecipeError, match="checkpoint-1"):
+        score_once(tda.Task(model, checkpoints=saved), data, data, "tracin")
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -174,7 +174,7 @@ def query(
         answers.check_format(out)
     opened = open_workload(target, set_ or ())
     name = opened.query_set(queries)
-    chosen, depth = recipe or opened.recipe, k or opened.k
+    chosen, depth = recipe or opened.defaults.recipe, k or opened.defaults.k
     top = opened.run.top_k(name, k=depth, recipe=chosen, approximate=approximate)
     answer = answers.collect(opened.run, name, chosen, top, ids or ())
     for table in answer.tables(show):
@@ -206,8 +206,8 @@ def score(
     from tda.cli.workload import open_workload
 
     opened = open_workload(target, set_ or ())
-    name, chosen = opened.query_set(queries), recipe or opened.recipe
-    where = out or opened.path / "scores" / f"{name}-{chosen}.zarr"
+    name, chosen = opened.query_set(queries), recipe or opened.defaults.recipe
+    where = out or opened.run.path / "scores" / f"{name}-{chosen}.zarr"
     write_scores(opened.run.scores(name, recipe=chosen), where, queries=name, recipe=chosen)
     typer.echo(where)
 
@@ -231,7 +231,7 @@ def report(
 
     opened = open_workload(target, set_ or ())
     name = opened.query_set(queries)
-    typer.echo(write_report(opened.run, query_name=name, recipe=recipe or opened.recipe))
+    typer.echo(write_report(opened.run, query_name=name, recipe=recipe or opened.defaults.recipe))
 
 
 @app.command()

@@ -138,7 +138,7 @@ def collect(run: Run, query_set: str, recipe: str, top: TopK, ids: Sequence[str]
             wanted=f"one of {len(query_ids)} ids: {', '.join(query_ids[:3])}, …",
         )
     return Answer(
-        run=str(run.store.path),
+        run=str(run.path),
         query_set=query_set,
         recipe=recipe,
         positions=tuple(positions[name] for name in ids) or tuple(range(len(query_ids))),

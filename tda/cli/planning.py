@@ -165,7 +165,7 @@ def _array_bytes(run: Run) -> tuple[int, int]:
     import zarr
 
     per_checkpoint = once = 0
-    for _, array in zarr.open_group(run.store.path / "train", mode="r").arrays():
+    for _, array in zarr.open_group(run.path / "train", mode="r").arrays():
         if "checkpoint" in (getattr(array.metadata, "dimension_names", None) or ()):
             per_checkpoint += array.nbytes
         else:

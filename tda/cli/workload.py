@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tda
-from tda.config import Config, load_code, load_config
+from tda.config import Config, QuerySection, load_code, load_config
 from tda.errors import ConfigError, StoreError
 
 if TYPE_CHECKING:
     from tda.run import Run
     from tda.task import Task
-
-_DEFAULT_RECIPE, _DEFAULT_K = "influence", 10
 
 
 @dataclass(frozen=True)
@@ -27,16 +25,9 @@ class Opened:
     config: Config | None
 
     @property
-    def path(self) -> Path:
-        return Path(self.run.store.path)
-
-    @property
-    def recipe(self) -> str:
-        return self.config.query.recipe if self.config else _DEFAULT_RECIPE
-
-    @property
-    def k(self) -> int:
-        return self.config.query.k if self.config else _DEFAULT_K
+    def defaults(self) -> QuerySection:
+        """What is asked when the command line does not say."""
+        return self.config.query if self.config else QuerySection()
 
     def query_set(self, name: str | None) -> str:
         """The query set that is meant, stored in the run.
@@ -50,7 +41,7 @@ class Opened:
             if len(known) != 1:
                 raise ConfigError(
                     "which query set?" if known else "this run has no query set",
-                    where=self.path,
+                    where=self.run.path,
                     found=", ".join(known) or None,
                     do="name one with --queries"
                     if known
@@ -62,7 +53,7 @@ class Opened:
         if name not in known:
             raise ConfigError(
                 f"the run has no query set {name!r}",
-                where=self.path,
+                where=self.run.path,
                 found=name,
                 wanted=", ".join(known) or "there is none",
                 do="add it to [workload] queries and name the configuration in place of the run",
@@ -80,13 +71,6 @@ def open_workload(target: str, overrides: Sequence[str]) -> Opened:
             "this workload has no run yet", where=config.path, do=f"tda index {target}"
         )
     return Opened(tda.open(config.path, task=task_of(config)), config)
-
-
-def _add_queries(run: Run, config: Config, name: str) -> str:
-    """Featurize the query set ``name`` of ``config``, unless the run holds it already."""
-    size = config.index.batch_size
-    batch = {} if size is None else {"batch_size": size}
-    return run.add_queries(config.build_queries(name), name, progress=True, **batch)
 
 
 def find_path(target: str, overrides: Sequence[str]) -> Path:
@@ -116,7 +100,7 @@ def index_workload(config: Config) -> Path:
     run = tda.index(task, train, config.path, **config.index_arguments())
     for name in config.workload.queries:
         _add_queries(run, config, name)
-    return Path(run.store.path)
+    return run.path
 
 
 def digits_demo() -> Callable[[Path], Path]:
@@ -138,6 +122,13 @@ def _digits_jobs() -> list[Path]:
     except PackageNotFoundError:  # a checkout on the path, never installed
         shipped = []
     return [checkout, *(Path(str(f.locate())) for f in shipped if f.match("tda/jobs/digits.py"))]
+
+
+def _add_queries(run: Run, config: Config, name: str) -> str:
+    """Featurize the query set ``name`` of ``config``, unless the run holds it already."""
+    size = config.index.batch_size
+    batch = {} if size is None else {"batch_size": size}
+    return run.add_queries(config.build_queries(name), name, progress=True, **batch)
 
 
 def _config(target: str, overrides: Sequence[str]) -> Config | None:

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -123,7 +124,7 @@ class Gradients:
         the examples of a batch are not independent.
         """
         batch = _to(batch, self.device)
-        with self._precision():
+        with _quiet(), self._precision():
             if self.audited is None:
                 self.audited = self._audit(batch, num_examples)
             return self._run(self.audited.path, batch, num_examples, consume)
@@ -206,12 +207,15 @@ class Gradients:
                 )
                 for index in range(count)
             ]
-        except ValueError as error:  # batch norm on one example
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise GradientError(
-                "an example cannot be evaluated alone",
-                found=str(error).splitlines()[0],
-                wanted="a model whose output for an example does not depend on its batch",
-                do="replace batch norm without running statistics",
+                "the model or the measurement fails on a batch of one example",
+                found=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
+                wanted="a batch as the data set gives it: " + _describe(batch),
+                do="check types (float64 arrays: .astype('float32')), shapes and the measurement; "
+                "batch norm without running statistics needs other examples and is refused",
             ) from error
         return torch.cat([output for output, _ in pairs]), [grads for _, grads in pairs]
 
@@ -246,6 +250,30 @@ class Gradients:
                 if error > tolerance * max(float(grad.norm()), 1e-3 * scale):
                     return f"{name} is not separable by example (error {error / scale:.1e})"
         return ""
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without two warnings of torch's that do not concern the user.
+
+    vmap is a loop inside some operations (slow, and still exact); reentrant checkpointing finds no
+    gradients (the tap refuses it, and says what to do).
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")
+        yield
+
+
+def _describe(batch: Any) -> str:
+    """Types and shapes of a batch, in words."""
+    if isinstance(batch, Tensor):
+        return f"{str(batch.dtype).removeprefix('torch.')} {list(batch.shape)}"
+    if isinstance(batch, dict):
+        return ", ".join(f"{name}: {_describe(value)}" for name, value in batch.items())
+    if isinstance(batch, tuple | list):
+        return ", ".join(map(_describe, batch))
+    return type(batch).__name__
 
 
 def _to(batch: Any, device: torch.device) -> Any:

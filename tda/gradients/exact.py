@@ -6,7 +6,6 @@ what the tap is audited against.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch.utils._pytree import tree_map
 
 from tda.errors import GradientError
 from tda.gradients.factors import Dense
-from tda.gradients.rules import matrix_shape, quiet_vmap
+from tda.gradients.rules import matrix_shape
 from tda.gradients.tap import Consume
 
 Measure = Callable[[nn.Module, Any], Tensor]
@@ -60,11 +59,9 @@ def gradient(
     try:
         for value in values:
             value.requires_grad_(True)
-        with torch.enable_grad(), warnings.catch_warnings():
-            # The tap refuses reentrant checkpointing, and says what to do; torch only warns.
-            warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")
+        with torch.enable_grad():
             output = measure(model, batch)
-        grads = (None,) * len(values)
+        grads: tuple[Tensor | None, ...] = (None,) * len(values)
         if output.requires_grad:
             grads = torch.autograd.grad(output.sum(), values, allow_unused=True)
     finally:
@@ -112,8 +109,7 @@ def vmapped(
 
     values = {f"model.{name}": value for name, value in parameters.items()}
     per_example = torch.func.vmap(torch.func.grad(one, has_aux=True), in_dims=(None, 0))
-    with quiet_vmap():
-        grads, outputs = per_example(values, batch)
+    grads, outputs = per_example(values, batch)
     for name, parameter in parameters.items():
         grad = grads[f"model.{name}"]
         consume(name, [Dense(grad.reshape(num_examples, *matrix_shape(parameter)))])

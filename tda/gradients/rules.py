@@ -8,9 +8,7 @@ exact for any operation whose output has the examples along one axis.
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -280,14 +278,6 @@ def opaque(call: Call, grad: Tensor) -> Iterator[tuple[Any, Factor]]:
             lambda mask, vjp=vjp: vjp(grad * mask.reshape(shape))[0], chunk_size=chunk
         )(eye)
         yield parameter, Dense(per_example.reshape(count, *matrix_shape(parameter)))
-
-
-@contextmanager
-def quiet_vmap() -> Iterator[None]:
-    """Without torch's warnings of where vmap is a loop inside: slow, and still exact."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="There is a performance drop")
-        yield
 
 
 def matrix_shape(parameter: Tensor) -> tuple[int, int]:

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from tda.errors import GradientError
 from tda.gradients.factors import Dense, Factor, Outer, materialise
-from tda.gradients.rules import RULES, Call, InseparableError, matrix_shape, opaque, quiet_vmap
+from tda.gradients.rules import RULES, Call, InseparableError, matrix_shape, opaque
 
 Consume = Callable[[str, list[Factor]], None]
 
@@ -313,6 +313,5 @@ def factors_of(
     tap.mark(batch)
     with torch.enable_grad(), tap:
         output = measure(model, batch)
-    with quiet_vmap():
-        tap.backward(output)
+    tap.backward(output)
     return output.detach(), tap.hidden

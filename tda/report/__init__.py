@@ -8,8 +8,8 @@ as JSON.
 
 from __future__ import annotations
 
-from tda.report.gather import collect
 from tda.report.data import ReportData
+from tda.report.gather import collect
 from tda.report.page import render, write_report
 from tda.report.summary import summarise
 

@@ -30,6 +30,7 @@ COLOURS = {
 }
 INK, MUTED, HELP, HURT, LINE, NEUTRAL = COLOURS
 NUM_BINS = 49  # odd, so that one bin is centred on zero
+_MARGINS = 0.68, 0.24, 0.46, 0.08  # left, right, bottom, top in inches; the longest label fits
 _STYLE = {
     "svg.hashsalt": "tda-report",
     "svg.fonttype": "none",
@@ -72,12 +73,10 @@ def histogram(mean: np.ndarray, exponent: int) -> str:
     zero = NUM_BINS // 2
     colours = [HURT] * zero + [NEUTRAL] + [HELP] * zero
     with _figure("histogram", (5.4, 2.5)) as (figure, axes):
-        axes.bar(middle, counts, width=0.86 * (edges[1] - edges[0]), color=colours)
-        axes.set_yscale("symlog", linthresh=1)
+        axes.bar(middle, np.log1p(counts), width=0.86 * (edges[1] - edges[0]), color=colours)
         ticks = [0] + [10**e for e in range(1 + int(np.log10(max(1, counts.max()))))]
-        axes.set_yticks(ticks, [f"{tick:,}" for tick in ticks])
-        axes.minorticks_off()
-        axes.set_ylim(0, 1.3 * max(1, counts.max()))
+        axes.set_yticks(np.log1p(ticks), [_short_count(tick) for tick in ticks])
+        axes.set_ylim(0, 1.06 * np.log1p(max(1, counts.max())))
         axes.set_xlim(edges[0], edges[-1])
         axes.xaxis.set_major_locator(MaxNLocator(7, symmetric=True))
         axes.xaxis.set_major_formatter(FuncFormatter(_signed))
@@ -122,9 +121,7 @@ def suspicion(self_influence: np.ndarray, loss: np.ndarray, num_marked: int) -> 
             i, j = np.nonzero(counts)
             area = 5 + 22 * np.log1p(counts[i, j]) / np.log1p(counts.max())
             centre_x, centre_y = (ex[:-1] + ex[1:]) / 2, (ey[:-1] + ey[1:]) / 2
-            axes.scatter(
-                centre_x[i], centre_y[j], s=area, color=NEUTRAL, alpha=0.55, linewidths=0
-            )
+            axes.scatter(centre_x[i], centre_y[j], s=area, color=NEUTRAL, alpha=0.55, linewidths=0)
         axes.scatter(x[marked], y[marked], s=18, color=HURT, linewidths=0)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(MaxNLocator(6, integer=True))
@@ -145,6 +142,13 @@ def _signed(value: float, _position: int) -> str:
     return "0" if abs(value) < 1e-12 else f"{value:+.4g}".replace("-", "\u2212")
 
 
+def _short_count(count: int) -> str:
+    for size, unit_name in ((1_000_000, "M"), (1_000, "k")):
+        if count >= size:
+            return f"{count // size}{unit_name}"
+    return str(count)
+
+
 def _power(value: float, _position: int) -> str:
     small = {-3: "0.001", -2: "0.01", -1: "0.1", 0: "1", 1: "10", 2: "100", 3: "1,000"}
     return small.get(round(value), "10" + superscript(round(value)))
@@ -153,8 +157,11 @@ def _power(value: float, _position: int) -> str:
 @contextmanager
 def _figure(name: str, size: tuple[float, float]) -> Iterator[tuple[Figure, Axes]]:
     with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]
-        figure = Figure(figsize=size, layout="constrained")
+        figure = Figure(figsize=size)
         FigureCanvasSVG(figure)
+        width, height = size
+        left, right, bottom, top = _MARGINS
+        figure.subplots_adjust(left / width, bottom / height, 1 - right / width, 1 - top / height)
         axes = figure.add_subplot()
         axes.set_gid(name)
         yield figure, axes
@@ -167,6 +174,7 @@ def _svg(figure: Figure, name: str) -> str:
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.S)
+    svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>\s*", "", svg, flags=re.S)  # page.css has it
     svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.S)
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
     svg = re.sub(r'^<svg[^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1">', svg)

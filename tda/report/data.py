@@ -177,7 +177,6 @@ class Agreement:
     high: float | None = None
     count: int | None = None
 
-
     @property
     def above_chance(self) -> float:
         """``value`` rescaled so that 0 is chance and 1 is the same answer."""
@@ -261,7 +260,9 @@ class ReportData:
     def others(self) -> tuple[Agreement, ...]:
         """Agreements with other ways of asking the question of this page, lowest first."""
         others = (a for a in self.agreements if a.left == self.card.recipe)
-        return tuple(sorted((a for a in others if a.right != RETRAINING), key=lambda a: a.above_chance))
+        return tuple(
+            sorted((a for a in others if a.right != RETRAINING), key=lambda a: a.above_chance)
+        )
 
     @property
     def has_labels(self) -> bool:

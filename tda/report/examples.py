@@ -55,6 +55,7 @@ class Gallery:
         self._columns: dict[str, np.ndarray | None] = {}
         self.num_rows: int = table.num_rows
         self._ids = table.column("id")
+        self._examples: dict[int, Example] = {}
 
     def column(self, name: str) -> np.ndarray | None:
         """A column as stored, or None when the run does not hold it."""
@@ -80,12 +81,18 @@ class Gallery:
         return column is not None and np.issubdtype(column.dtype, np.integer)
 
     def example(self, index: int) -> Example:
-        """Example ``index`` with everything that is known of it."""
+        """Example ``index`` with everything that is known of it; the same object each time."""
+        index = int(index)
+        if index not in self._examples:
+            self._examples[index] = self._read_example(index)
+        return self._examples[index]
+
+    def _read_example(self, index: int) -> Example:
         numbers = self.column("row")
         image = self.column("image")
         loss, p = self.last("loss"), self.last("p")
         return Example(
-            index=int(index),
+            index=index,
             id=clean(self._ids[index], MAX_ID),
             label=self.label(index),
             source=self._string("source", index, MAX_ID),

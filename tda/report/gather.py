@@ -53,8 +53,8 @@ def collect(
     query_name: a stored query set (the first when None); recipe: a name or a Recipe; k: answers
     shown per query and sign; label_names: names of labels 0, 1, …; compare: recipes whose scores
     are ranked against ``recipe``'s, each costing one more pass over the scores; agreements: more
-    of them, measured elsewhere (across checkpoints, against retraining); dampings: λ as used at each
-    checkpoint.
+    of them, measured elsewhere (across checkpoints, against retraining); dampings: λ as used at
+    each checkpoint.
     Raises DataError when no such query set is stored.
     """
     recipe = get_recipe(recipe)
@@ -238,7 +238,10 @@ def _card(
     manifest: Mapping[str, Any] = run.store.manifest
     measurement = manifest.get("measurement", {})
     digests = [("measurement", measurement.get("digest"))]
-    digests += [(f"model {key}".removesuffix(" digest"), value) for key, value in _digests(manifest.get("model", {}))]
+    digests += [
+        (f"model {key}".removesuffix(" digest"), value)
+        for key, value in _digests(manifest.get("model", {}))
+    ]
     data = manifest.get("data", {}).get("train", {})
     digests.append(("training data", data.get("digest") or _content_digest(train)))
     digests.append((f"queries {query_name}", _content_digest(queries)))

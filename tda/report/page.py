@@ -5,10 +5,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +14,12 @@ import jinja2
 from markupsafe import Markup
 
 from tda.report import charts, numbers
-from tda.report.gather import collect
 from tda.report.data import CLEAR, Query, ReportData, Scored
+from tda.report.gather import collect
 from tda.report.pictures import Pictures, pixelated
 from tda.report.summary import share_of_self_influence, summarise, suspects_with_highest_loss
 from tda.report.words import headline, limits, reading
+from tda.store.files import write_file
 
 _HERE = Path(__file__).parent
 
@@ -31,12 +30,38 @@ def render(data: ReportData) -> str:
     A content security policy forbids everything but the page's own styles, its one script (by
     hash) and inline pictures, so a string that escaped escaping still could not run or phone home.
     """
-    pictures = Pictures(data)
     script = (_HERE / "page.js").read_text(encoding="utf-8")
     answers = [s for q in data.queries for s in (*q.proponents, *q.opponents)]
-    score_unit = numbers.unit_exponent(s.score for s in answers)
     value_unit = numbers.unit_exponent(s.score for s in (*data.valuable, *data.harmful))
-    self_unit = numbers.unit_exponent(s.score for s in data.suspects)
+    return (
+        _environment()
+        .get_template("page.html.j2")
+        .render(
+            data=data,
+            card=data.card,
+            values=data.values,
+            headline=headline(data),
+            limits=limits(data),
+            clear=CLEAR,
+            style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
+            script=Markup(script),
+            script_hash=_sha256(script),
+            pictures=Pictures(data),
+            score_unit=numbers.unit_exponent(s.score for s in answers),
+            value_unit=value_unit,
+            self_unit=numbers.unit_exponent(s.score for s in data.suspects),
+            matrix_unit=_matrix_unit(data),
+            suspects_with_highest_loss=suspects_with_highest_loss(data),
+            histogram=Markup(charts.histogram(data.values.mean, value_unit)),
+            concentration=Markup(charts.concentration(data.values.mean)),
+            suspicion=_suspicion(data),
+        )
+    )
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    """The templates, compiled once. Autoescape is on for all of them."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE / "templates"),
         autoescape=True,
@@ -47,7 +72,7 @@ def render(data: ReportData) -> str:
     environment.filters |= {
         "number": _number,
         "signed": partial(_number, sign=True),
-        "aligned": partial(_aligned, sign=True),
+        "aligned": _aligned,
         "percent": lambda share: numbers.marked(share, numbers.percent(share)),
         "exact": lambda value: numbers.marked(value, f"{value:g}"),
         "count": lambda count: numbers.marked(count, f"{count:,}"),
@@ -56,67 +81,34 @@ def render(data: ReportData) -> str:
         "reading": reading,
         "short_id": _short_id,
         "strongest": _strongest,
-        "self_share": partial(share_of_self_influence, data),
+        "self_share": lambda scored, data: share_of_self_influence(data, scored),
+        "pixelated": pixelated,
     }
-    template = environment.get_template("page.html.j2")
-    return template.render(
-        data=data,
-        card=data.card,
-        values=data.values,
-        headline=headline(data),
-        limits=limits(data),
-        clear=CLEAR,
-        style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),  # noqa: S704, our own
-        script=Markup(script),  # noqa: S704, our own file
-        script_hash=_sha256(script),
-        pictures=pictures,
-        pixelated=pixelated,
-        score_unit=score_unit,
-        value_unit=value_unit,
-        self_unit=self_unit,
-        matrix_unit=_matrix_unit(data),
-        suspects_with_highest_loss=suspects_with_highest_loss(data),
-        histogram=Markup(charts.histogram(data.values.mean, value_unit)),  # noqa: S704
-        concentration=Markup(charts.concentration(data.values.mean)),  # noqa: S704
-        suspicion=_suspicion(data),
-    )
+    return environment
 
 
 def write_report(run: Any, path: str | Path | None = None, **asked: Any) -> Path:
     """Write ``report.html`` and, beside it, ``summary.json``; returns the page's path.
 
     path: the page to write (``report.html`` in the run's folder when None); asked: arguments of
-    :func:`collect`. Each file appears whole or not at all; errors are those of ``collect``, and
-    OSError where the folder cannot be written.
+    :func:`collect`. Each file appears whole or not at all. Raises what ``collect`` raises, and
+    StoreError where the folder cannot be written.
     """
     page = Path(run.store.path) / "report.html" if path is None else Path(path)
     data = collect(run, **asked)
     summary = json.dumps(summarise(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    _write(page.with_name("summary.json"), summary)
-    _write(page, render(data))
+    html = render(data)
+    write_file(page.with_name("summary.json"), summary.encode("utf-8"))
+    write_file(page, html.encode("utf-8"))
     return page
-
-
-def _write(path: Path, text: str) -> None:
-    handle, partial_path = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(partial_path, 0o644)  # mkstemp keeps it private; a report is to be shown
-        os.replace(partial_path, path)
-    except BaseException:
-        Path(partial_path).unlink(missing_ok=True)
-        raise
 
 
 def _number(value: float | None, exponent: int = 0, sign: bool = False) -> Markup:
     return numbers.marked(value, numbers.plain(value, sign=sign, exponent=exponent))
 
 
-def _aligned(value: float, exponent: int, beside: float, sign: bool) -> Markup:
-    text = numbers.plain(value, sign=sign, exponent=exponent, beside=beside)
+def _aligned(value: float, exponent: int, beside: float) -> Markup:
+    text = numbers.plain(value, sign=True, exponent=exponent, beside=beside)
     return numbers.marked(value, text)
 
 
@@ -141,7 +133,7 @@ def _suspicion(data: ReportData) -> Markup | None:
     if data.train_loss is None:
         return None
     svg = charts.suspicion(data.self_influence, data.train_loss, len(data.suspects))
-    return Markup(svg)  # noqa: S704, drawn from numbers only
+    return Markup(svg)
 
 
 def _sha256(text: str) -> str:

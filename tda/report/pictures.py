@@ -11,24 +11,25 @@ from PIL import Image
 
 from tda.report.data import Example, ReportData, Scored
 
-SIDES = (160, 112, 80, 56, 40)  # longest side of a picture in pixels; the first that fits is taken
+SIDES = (160, 112, 80, 56, 40)  # longest side of an answer's picture; the first that fits is taken
 BUDGET = 6_000_000  # bytes of all pictures of a page together
 PIXELATED = 64  # up to this side a picture is enlarged with hard pixel edges
 
 
 class Pictures:
-    """The data URI of every picture on a page, each encoded once."""
+    """The data URI of every picture on a page; each is encoded once, and counted as often as shown.
+
+    A query's picture is shown larger than an answer's, so it keeps twice the pixels.
+    """
 
     def __init__(self, data: ReportData) -> None:
-        shown = list(_large(data)), list(_small(data))
-        for side in SIDES:
-            self._uris = {
-                id(example): _uri(example.image, limit)
-                for examples, limit in zip(shown, (2 * side, side), strict=True)
-                for example in examples
-                if example.image is not None
-            }
-            if sum(map(len, self._uris.values())) <= BUDGET:
+        large = [example for example in _large(data) if example.image is not None]
+        small = [example for example in _small(data) if example.image is not None]
+        native = max((max(_shape(e)) for e in large + small), default=0)
+        for side in SIDES[:1] + tuple(s for s in SIDES[1:] if s < native):
+            self._uris = {id(e): _uri(e, side) for e in {id(e): e for e in small}.values()}
+            self._uris |= {id(e): _uri(e, 2 * side) for e in large}
+            if sum(len(self._uris[id(example)]) for example in large + small) <= BUDGET:
                 break
 
     def uri(self, example: Example) -> str:
@@ -38,7 +39,11 @@ class Pictures:
 
 def pixelated(example: Example) -> bool:
     """Whether the picture is so small that smoothing it would only blur it."""
-    return example.image is not None and max(example.image.shape[:2]) <= PIXELATED
+    return max(_shape(example)) <= PIXELATED
+
+
+def _shape(example: Example) -> tuple[int, ...]:
+    return (0, 0) if example.image is None else example.image.shape[:2]
 
 
 def _large(data: ReportData) -> Iterable[Example]:
@@ -52,9 +57,10 @@ def _small(data: ReportData) -> Iterable[Example]:
     return (scored.example for scored in answers)
 
 
-def _uri(image: np.ndarray, side: int) -> str:
-    picture = Image.fromarray(np.ascontiguousarray(image))
+def _uri(example: Example, side: int) -> str:
+    assert example.image is not None
+    picture = Image.fromarray(np.ascontiguousarray(example.image))
     picture.thumbnail((side, side), Image.Resampling.LANCZOS)
     file = io.BytesIO()
-    picture.save(file, format="PNG", optimize=True)
+    picture.save(file, format="PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")

@@ -31,9 +31,7 @@ def categories(gallery: Gallery, column: str) -> tuple[list[str], np.ndarray] | 
     return names, inverse
 
 
-def rollups(
-    train: Gallery, value: np.ndarray, self_influence: np.ndarray
-) -> tuple[Rollup, ...]:
+def rollups(train: Gallery, value: np.ndarray, self_influence: np.ndarray) -> tuple[Rollup, ...]:
     """One roll-up for each column that sorts the training examples into two or more slices."""
     found = []
     for column in ("label", "source", "group"):

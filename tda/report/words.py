@@ -13,7 +13,9 @@ FEW_QUERIES = 30
 def headline(data: ReportData) -> str:
     """The result in one sentence, counting only what is clear where that can be told."""
     values, n = data.values, f"{data.num_train:,}"
-    asked = "this prediction" if data.num_queries == 1 else f"these {data.num_queries:,} predictions"
+    asked = (
+        "this prediction" if data.num_queries == 1 else f"these {data.num_queries:,} predictions"
+    )
     helping, hurting = values.num_clearly_helping, values.num_clearly_hurting
     if helping is None or hurting is None:
         return (

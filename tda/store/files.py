@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import mmap
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -106,8 +107,13 @@ def _write(path: Path, parts: Parts) -> None:
 
 def _folders(top: Path, paths: Iterable[Path]) -> list[Path]:
     """The folders of ``paths`` up to the one that holds ``top``, innermost first."""
-    found = {folder for path in paths for folder in path.parents if folder.is_relative_to(top)}
-    return sorted(found | {top.parent}, key=lambda folder: -len(folder.parts))
+    found = {top.parent}
+    for path in paths:
+        for folder in path.parents:
+            if folder in found:
+                break
+            found.add(folder)
+    return sorted(found, key=lambda folder: -len(folder.parts))
 
 
 def remove_file(path: Path) -> None:
@@ -131,5 +137,6 @@ def _flush(path: Path) -> None:
 
 
 def map_file(path: Path) -> np.ndarray:
-    """The bytes of ``path``, mapped; a change to the array stays in memory. Raises OSError."""
-    return np.memmap(path, dtype=np.uint8, mode="c").view(np.ndarray)
+    """The bytes of a file, mapped; a change to the array stays in memory. Raises OSError."""
+    with path.open("rb") as file:
+        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)

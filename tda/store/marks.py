@@ -19,6 +19,7 @@ from tda.store.files import (
     TRAILER,
     Parts,
     crc32c,
+    disk,
     map_file,
     remove_file,
     to_json,
@@ -134,12 +135,12 @@ def has_size(folder: Path, key: str, entry: Entry) -> bool:
 def damage(folder: Path, key: str, entry: Entry) -> Damage | None:
     """What is wrong with a file a mark names, or None: it has its size and its checksum."""
     path = folder / key
-    if not path.is_file():
-        return "missing"
-    if path.stat().st_size != entry.size:
-        return "torn"
-    data = map_file(path) if entry.size else np.empty(0, np.uint8)
-    return None if is_intact(key, data, entry) else "altered"
+    with disk(path, "read"):
+        if not path.is_file():
+            return "missing"
+        if path.stat().st_size != entry.size:
+            return "torn"
+        return None if is_intact(key, map_file(path), entry) else "altered"
 
 
 def is_intact(key: str, data: np.ndarray, entry: Entry) -> bool:

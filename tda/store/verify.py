@@ -121,12 +121,14 @@ class _TableCheck:
         """Every chunk that should be there."""
         try:
             table = Table(self.run, self.name)
-            table.column("digest")
+            sound = table.is_static_sound()
         except StoreError:  # damaged, and reported as such, or never finished
             if STATIC not in self.known:
                 yield self._fault(STATIC, "missing", "the table is not planned to the end")
             return
         self.ready = True
+        if not sound:
+            yield self._bad_mark(STATIC, "the mark is for other examples than these")
         rows = table.specs["rows"]
         if rows.shape[0] != len(self.manifest["checkpoints"]):
             yield self._fault(rows.document_key, "altered", "the array lacks a checkpoint")
@@ -136,14 +138,13 @@ class _TableCheck:
 
     def _chunk(self, table: Table, checkpoint: int, chunk: int) -> Iterator[Fault]:
         key = chunk_mark(checkpoint, chunk)
+        files = [name for name in table.keys(checkpoint, chunk) if (self.folder / name).exists()]
+        self.known.update(files)
         if key in self.known:
             here = (self.folder / key).exists() and key not in self.bad
             if here and table.mark(checkpoint, chunk) is None:
                 yield self._bad_mark(key, "the mark is for other rows than these")
-            return
-        files = [name for name in table.keys(checkpoint, chunk) if (self.folder / name).exists()]
-        self.known.update(files)
-        if files:
+        elif files:
             yield self._fault(key, "unmarked", "files are there, but no mark says they are whole")
         else:
             yield self._fault(key, "missing", "this chunk is not computed yet")
