@@ -8,7 +8,7 @@
 Run it as `make demo`, `tda demo`, or by path:
 
     python jobs/digits.py               # what `tda demo` runs
-    python jobs/digits.py --path stores/digits --proj-dim 64 --num-test 240   # the committed run
+    python jobs/digits.py --path stores/digits --proj-dim 64 --num-test 120   # the committed run
 
 `configs/digits.toml` names the functions below, so `tda index configs/digits.toml` does the same
 piece by piece.

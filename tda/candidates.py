@@ -75,15 +75,16 @@ class RowIndex:
     def top_k(self, prepared: Prepared, k: int) -> TopK:
         """The k best and worst of every query, exact scores, with the measured recall@k.
 
-        The recall is measured once per recipe and k, on the first query set that asks; the lists
-        to probe are then fixed.
+        The recall is measured once per recipe, k and size of sample (up to 64 queries), on the
+        first query set that asks; the lists to probe are then fixed.
         """
         k = clipped(k, prepared.train.num_rows)
 
         def compute() -> dict[str, np.ndarray]:
             return {"probes_recall": np.array(self._calibrate(prepared, k))}
 
-        choices = (self.kind, self.weights, prepared.recipe.explain(), k)
+        sampled = min(SAMPLE, prepared.num_queries)
+        choices = (self.kind, self.weights, prepared.recipe.explain(), k, sampled)
         found = self.cache.get("recall", choices, compute)
         probes, recall = found["probes_recall"].tolist()
         return self._search(prepared, k, int(probes), recall)

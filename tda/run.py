@@ -23,6 +23,7 @@ from tda.projection import Bases, Projection, bases_from_bytes, bases_to_bytes
 from tda.recipe import Recipe
 from tda.recipes import get_recipe
 from tda.store import Store, Table
+from tda.store.files import write_file
 from tda.task import Task
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def _open_or_create(
     bases = None
     if projection.needs_pilot and stored is None:
         bases = projection.fit(featurizer.pilot(data), shapes)
-        _write_bases(path, bases)
+        write_file(path / _BASES, bases_to_bytes(bases))
     elif stored is not None and projection.needs_pilot:
         bases = _read_bases(path, stored, task)
     projector = featurizer.bind(projection, bases)
@@ -148,16 +149,6 @@ def _chunk_rows(dim: int, dtype: str) -> int:
 
 def _digest(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
-def _write_bases(path: Path, bases: Bases) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        (path / _BASES).write_bytes(bases_to_bytes(bases))
-    except OSError as error:
-        raise StoreError(
-            "the bases of the projection cannot be written", where=path, found=error
-        ) from error
 
 
 def _read_bases(path: Path, manifest: dict[str, Any], task: Task) -> Bases:

@@ -87,22 +87,24 @@ def prepare(store: Store, recipe: Recipe, queries: Table) -> Prepared:
 
 
 def self_influence(store: Store, recipe: Recipe) -> np.ndarray:
-    """Score of every training example on itself, the training gradient t on both sides [n] float32.
+    """Score of every training example for itself, as if it were also the query [n] float32.
 
-    scale · Σ_c w_c ‖t_i,c‖_F²; each normalised side takes one factor ‖t_i,c‖_F away (with both the
-    result is constant). For product_of_means scale · (Σ_c w_c ‖∇f_i,c‖_F²) · (Σ_c w_c w_i,c)²,
-    again with one factor of each square for a normalised query.
+    The diagonal of ``scores`` with the training set as query set, without making the rest:
+    scale · Σ_c w_c · w_q w_t ‖∇f‖_F², or scale · (Σ_c w_c · w_q ‖∇f‖_F²) · (Σ_c w_c · w_t) for
+    product_of_means. A normalised side has length 1 (with both, an example scores ±1, or 0 if its
+    gradient vanishes).
     """
-    method = _Method.of(store, recipe)
-    weights = method.train_weights()
-    lengths = torch.stack([method.lengths(c) for c in range(len(weights))])
-    share = method.share
-    power = {"none": 2, "query": 1, "train": 1, "both": 0}[recipe.normalize]
+    method, sides = _Method.of(store, recipe), recipe.normalize
+    query = _gradient_weights(method.train, recipe.query, method.has_margin)
+    train = method.train_weights()
+    lengths = torch.stack([method.lengths(c) for c in range(len(train))])
+    one = (lengths > 0).double()
+    left = query.sign() * one if sides in ("query", "both") else query * lengths
     if recipe.combine == "product_of_means":
-        total = (share * lengths**power).sum(0) * (share * weights).sum(0).abs() ** power
+        total = (method.share * left * lengths).sum(0) * (method.share * train).sum(0)
     else:
-        norms = lengths * weights.abs()
-        total = (share * torch.where(norms > 0, norms**power, 0)).sum(0)
+        right = train.sign() * one if sides in ("train", "both") else train * lengths
+        total = (method.share * left * right).sum(0)
     return (method.scale * total).numpy().astype(np.float32)
 
 
@@ -343,7 +345,7 @@ def top_k(prepared: Prepared, k: int) -> TopK:
     best, worst = Heaps(prepared.num_queries, k), Heaps(prepared.num_queries, k)
     for low, _, rows in stream(prepared.train, 0, prepared.train.num_rows):
         for first, some in _query_tiles(prepared):
-            tile = _tile(some, rows, low, first).contiguous()
+            tile = _tile(some, rows, low, first)
             worst.add(tile, low, first)
             best.add(tile.neg_(), low, first)
     indices, negated = best.finish()

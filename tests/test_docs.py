@@ -85,6 +85,8 @@ def test_every_file_and_folder_of_the_tree_exists():
     names = re.findall(r"[\w.]+(?:\.py|\.toml|/)(?=\s)", tree)
     assert len(names) > 20
     for name in names:
-        assert (ROOT / name).exists() or (ROOT / "tda" / name).exists() or (
-            ROOT / "stores" / name
-        ).exists(), name
+        assert (
+            (ROOT / name).exists()
+            or (ROOT / "tda" / name).exists()
+            or (ROOT / "stores" / name).exists()
+        ), name

@@ -128,6 +128,16 @@ def test_every_recipe_explains_itself_on_the_card(run):
     )
 
 
+def test_a_recipe_that_normalises_takes_its_suspects_from_one_that_does_not(run):
+    asked = []
+    spy = replace(run)
+    spy.self_influence = lambda recipe: asked.append(recipe) or run.itself
+    assert any(
+        "suspects are those of grad_dot" in note for note in collect(spy, recipe="grad_cos").notes
+    )
+    assert asked == ["grad_dot"]
+
+
 def test_undefined_losses_and_values_of_zero_break_nothing(tmp_path):
     run = digits_run(tmp_path)
     run.matrix[:] = 0
@@ -137,7 +147,7 @@ def test_undefined_losses_and_values_of_zero_break_nothing(tmp_path):
     data = collect(run)
     json.dumps(summarise(data), allow_nan=False)
     page = Page(render(data))
-    assert "none clearly help" in page.text
+    assert "None of 200 training examples makes a clear difference" in page.text
     assert not re.search(r"\bnan\b|\binf\b", page.text, re.I)
 
 

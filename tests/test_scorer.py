@@ -151,7 +151,7 @@ def test_scores_are_the_written_formula(case, form, has_margin, tmp_path):
 def test_ridge_influence_is_leave_one_out_to_first_order(tmp_path):
     """Refits by the normal equations: score = rise of the query's loss without example i."""
     rng = np.random.default_rng(0)
-    n, m, d, alpha = 300, 40, 8, 0.05
+    n, m, d, alpha = 1000, 40, 8, 0.05
     x, xq = rng.normal(size=(n, d)), rng.normal(size=(m, d))
     truth = rng.normal(size=d)
     y, yq = x @ truth + rng.normal(size=n), xq @ truth + rng.normal(size=m)
@@ -178,7 +178,7 @@ def test_ridge_influence_is_leave_one_out_to_first_order(tmp_path):
     found = matrix(store, variant("influence", damping=relative)).astype(np.float64)
     clear = np.abs(rises) > 0.01 * np.abs(rises).max()
     assert (np.sign(found) == np.sign(rises))[clear].all()
-    assert (found * rises).sum() / (found**2).sum() == pytest.approx(1, abs=0.05)
+    assert (found * rises).sum() / (found**2).sum() == pytest.approx(1, abs=0.02)
     # the exact refit divides each first-order term by 1 − leverage and adds a second-order term
     inverse = np.linalg.inv(x.T @ x / n + alpha * np.eye(d))
     leverage = np.einsum("ik,kl,il->i", x, inverse, x) / n
@@ -208,11 +208,10 @@ def test_training_order_only_orders_the_scores(case, tmp_path):
     close(matrix(permuted, recipe), matrix(store, recipe)[:, order])
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_self_influence_is_the_diagonal_where_both_sides_use_the_same_gradient(case, tmp_path):
-    recipe, _ = CASES[case]
-    recipe = dataclasses.replace(recipe, query=recipe.train)
-    store = make_store(tmp_path, num_checkpoints=1)
+@pytest.mark.parametrize("case", [*CASES, "trak unit query"])
+def test_self_influence_is_the_diagonal(case, tmp_path):
+    recipe = variant("trak", normalize="query") if case not in CASES else CASES[case][0]
+    store = make_store(tmp_path, num_checkpoints=3)
     itself = dataclasses.replace(store, tables={**store.tables, "queries/q": store.train})
     close(self_influence(store, recipe), np.diag(matrix(itself, recipe)))
 
@@ -224,15 +223,7 @@ def test_self_influence_of_trak_multiplies_its_two_means(tmp_path):
         for t in plain(store, "train")
     ]
     weight = -store.train.columns["slope"].astype(np.float64).mean(0)
-    close(self_influence(store, RECIPES["trak"]), np.mean(kernels, axis=0) * weight**2)
-
-
-def test_self_influence_averages_checkpoints(tmp_path):
-    store = make_store(tmp_path, num_checkpoints=3)
-    itself = dataclasses.replace(store, tables={**store.tables, "queries/q": store.train})
-    for name in ("influence", "tracin", "grad_dot"):
-        close(self_influence(store, RECIPES[name]), np.diag(matrix(itself, RECIPES[name])))
-    np.testing.assert_allclose(self_influence(store, RECIPES["grad_cos"]), 1, rtol=1e-6)
+    close(self_influence(store, RECIPES["trak"]), np.mean(kernels, axis=0) * weight)
 
 
 @pytest.mark.parametrize("k", [1, 5, 40, 1000])

@@ -16,18 +16,22 @@ def spearman(left: np.ndarray, right: np.ndarray) -> float:
     return float(a @ b) / size if size > 0 else float("nan")
 
 
-def rank_agreement(left: str, right: str, a: np.ndarray, b: np.ndarray) -> Agreement:
+def rank_agreement(left: str, right: str, a: np.ndarray, b: np.ndarray) -> tuple[Agreement, ...]:
     """Spearman correlation of two score matrices [query, train], query by query."""
     each = np.array([spearman(row_a, row_b) for row_a, row_b in zip(a, b, strict=True)])
     each = each[np.isfinite(each)]
-    return Agreement(
-        left=left,
-        right=right,
-        measure="rank correlation of all scores, mean over the queries shown",
-        value=float(each.mean()) if each.size else 0.0,
-        low=float(each.min()) if each.size else None,
-        high=float(each.max()) if each.size else None,
-        count=int(each.size),
+    if each.size == 0:
+        return ()
+    return (
+        Agreement(
+            left=left,
+            right=right,
+            measure="rank correlation of all scores, mean over the queries shown",
+            value=float(each.mean()),
+            low=float(each.min()),
+            high=float(each.max()),
+            count=int(each.size),
+        ),
     )
 
 

@@ -34,6 +34,7 @@ from tda.report.rollups import class_matrix_factors, rollups
 NUM_SUSPECTS = 24
 NUM_EXTREMES = 10
 COMPARED = ("trak", "grad_cos")
+UNNORMALISED = "grad_dot"
 
 
 def collect(
@@ -80,7 +81,8 @@ def collect(
     (found,) = dask.compute(lazy)  # one pass over the blocks serves every reduction
 
     values = _values(found["sums"], queries.num_rows)
-    self_influence = np.asarray(run.self_influence(recipe))
+    self_influence, self_note = _self_influence(run, recipe)
+    notes += self_note
     loss = train.last("loss")
     order = np.argsort(-values.mean, kind="stable")
     best = [i for i in order[:NUM_EXTREMES] if values.mean[i] > 0]
@@ -88,10 +90,9 @@ def collect(
     answered, baseline_note = _answers(run, query_name, recipe, k, shown, queries, train)
     notes += baseline_note
 
-    found_agreements = [
-        rank_agreement(recipe.name, name, found["rows"], rows)
-        for name, rows in found["others"].items()
-    ]
+    found_agreements: tuple[Agreement, ...] = ()
+    for name, rows in found["others"].items():
+        found_agreements += rank_agreement(recipe.name, name, found["rows"], rows)
     found_agreements += shared_agreement(recipe.name, answered, train.num_rows)
     found_agreements += self_influence_agreement(self_influence, loss)
     return ReportData(
@@ -219,6 +220,16 @@ def _answers(
         for row in shown
     )
     return answered, notes
+
+
+def _self_influence(run: Any, recipe: Recipe) -> tuple[np.ndarray, list[str]]:
+    """[train], from a recipe that can tell examples apart by it."""
+    if recipe.normalize != "both":
+        return np.asarray(run.self_influence(recipe)), []
+    return np.asarray(run.self_influence(UNNORMALISED)), [
+        f"{recipe.name} normalises every example, so the self-influence of all is the same: "
+        f"suspects are those of {UNNORMALISED}."
+    ]
 
 
 def _largest(train: Gallery, by: np.ndarray, count: int) -> tuple[Scored, ...]:

@@ -22,6 +22,8 @@ def headline(data: ReportData) -> str:
             f"Of {n} training examples, {_count(values.num_helping, 'seem')} to help {asked} "
             f"and {_count(values.num_hurting, 'seem')} to hurt."
         )
+    if not helping and not hurting:
+        return f"None of {n} training examples makes a clear difference to {asked}."
     return (
         f"Of {n} training examples, {_count(helping, 'clearly help')} {asked}, "
         f"{_count(hurting, 'clearly hurt')}, and the rest make no clear difference."

@@ -10,7 +10,7 @@ import errno
 import json
 import mmap
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -37,6 +37,21 @@ def crc32c(data: bytes | np.ndarray) -> int:
 def to_json(value: Any) -> bytes:
     """``value`` as JSON: one spelling for one value (sorted keys, no NaN, a newline at the end)."""
     return (json.dumps(value, sort_keys=True, indent=1, allow_nan=False) + "\n").encode()
+
+
+def seal(value: Mapping[str, Any]) -> bytes:
+    """``value`` as JSON with one more key, ``crc32c``: of the JSON without it."""
+    return to_json({**value, "crc32c": f"{crc32c(to_json(value)):08x}"})
+
+
+def unseal(data: bytes) -> dict[str, Any] | None:
+    """What :func:`seal` made ``data`` of, or None: then a byte of it is not as it was written."""
+    try:
+        value = json.loads(data)
+        del value["crc32c"]
+        return value if seal(value) == data else None
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import Any
 
 from tda.errors import DataError, MismatchError, StoreError
 from tda.store.encoding import check_dtype
-from tda.store.files import crc32c, disk, to_json, write_file
+from tda.store.files import disk, seal, to_json, unseal, write_file
 
 FORMAT = 1
 NAME = "manifest.json"
@@ -69,25 +69,25 @@ def read_manifest(run: Path) -> dict[str, Any]:
         )
     with disk(path, "read"):
         data = path.read_bytes()
-    try:
-        manifest = json.loads(data)
-        form = manifest["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise _damaged(path) from error
-    if form != FORMAT:
+    manifest = unseal(data)
+    form = _format(data) if manifest is None else manifest.get("format")
+    if form not in (FORMAT, None):
         raise _other_format(form, path)
-    manifest.pop("crc32c", None)
-    if _file(manifest) != data:
+    if manifest is None:
         raise _damaged(path)
     return manifest
 
 
+def _format(data: bytes) -> object:
+    """The format number even of a manifest that is sealed in another way, as another may be."""
+    try:
+        return json.loads(data)["format"]
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
 def write_manifest(run: Path, manifest: Mapping[str, Any]) -> None:
-    write_file(run / NAME, _file(manifest))
-
-
-def _file(manifest: Mapping[str, Any]) -> bytes:
-    return to_json({**manifest, "crc32c": f"{crc32c(to_json(manifest)):08x}"})
+    write_file(run / NAME, seal(manifest))
 
 
 def _damaged(path: Path) -> StoreError:

@@ -6,7 +6,6 @@ flushed, in one spelling, so the same chunk has the same mark wherever it was co
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,7 +21,8 @@ from tda.store.files import (
     disk,
     map_file,
     remove_file,
-    to_json,
+    seal,
+    unseal,
     write_file,
     write_files,
 )
@@ -56,22 +56,20 @@ class Mark:
             key: {"size": entry.size, "crc32c": f"{entry.crc32c:08x}"}
             for key, entry in self.files.items()
         }
-        return to_json({"rows": list(self.rows), "config": self.config, "files": files})
+        return seal({"rows": list(self.rows), "config": self.config, "files": files})
 
     @staticmethod
     def parse(data: bytes) -> Mark | None:
-        """The mark, or None if ``data`` is not exactly what :meth:`to_bytes` writes."""
-        try:
-            parts = json.loads(data)
-            start, stop = parts["rows"]
-            files = {
-                key: Entry(entry["size"], int(entry["crc32c"], 16))
-                for key, entry in parts["files"].items()
-            }
-            mark = Mark((start, stop), parts["config"], files)
-            return mark if mark.to_bytes() == data else None
-        except (ValueError, KeyError, TypeError, AttributeError):
+        """The mark, or None if ``data`` is not exactly what :meth:`to_bytes` wrote."""
+        parts = unseal(data)
+        if parts is None:
             return None
+        files = {
+            key: Entry(entry["size"], int(entry["crc32c"], 16))
+            for key, entry in parts["files"].items()
+        }
+        start, stop = parts["rows"]
+        return Mark((start, stop), parts["config"], files)
 
 
 def chunk_mark(checkpoint: int, chunk: int) -> str:

@@ -123,9 +123,9 @@ def _stored(run: Path, name: str) -> Table | None:
         for column in ("id", *_COMPARED):
             if column in table.columns():
                 table.column(column)
-        return table if table.is_static_sound() else None
     except StoreError:
         return None
+    return table
 
 
 def _has_files(table: Table) -> bool:

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tda.data import Examples
 from tda.errors import StoreError
 from tda.store.arrays import ArraySpec
 from tda.store.encoding import decode_rows, decode_strings
@@ -167,11 +166,6 @@ class Table:
             "examples": blake2b(self._digests[start:stop].tobytes(), digest_size=16).hexdigest(),
         }
         return config_hash({**rows_depend_on(self.manifest, checkpoint), **own})
-
-    def is_static_sound(self) -> bool:
-        """Whether the mark of the static part belongs to the ids and digests that are there."""
-        known = Examples(self.column("id"), self._digests)
-        return self.static.rows == (0, self.num_rows) and self.static.config == known.digest()
 
     @cached_property
     def _digests(self) -> np.ndarray:
