@@ -119,7 +119,7 @@ class Featurizer:
 
         output, hidden = self.gradients(batch, num_examples, consume)
         with torch.no_grad():
-            link = self.task.measurement.link(output.float(), batch)
+            link = self.task.measurement.link(output.float().cpu(), batch)
         columns = {
             "loss": link.loss,
             "p": link.p,

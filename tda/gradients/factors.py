@@ -53,7 +53,7 @@ class Outer:
         """‖G‖² ``[example]`` = Σ_ts ⟨left_t, left_s⟩⟨right_t, right_s⟩, where that is cheaper."""
         _, num_positions, num_groups, size = self.left.shape
         width = self.right.shape[3]
-        if num_groups > 1 or num_positions * (size + width) > size * width:
+        if num_groups > 1 or num_positions**2 * (size + width) > size * width:
             return None
         left, right = self.left[:, :, 0].float(), self.right[:, :, 0].float()
         return (torch.bmm(left, left.mT) * torch.bmm(right, right.mT)).sum((1, 2))

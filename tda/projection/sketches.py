@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from tda.gradients import Factor
-from tda.projection.tiles import Shapes, Tile, random_integers, random_signs, tiles
+from tda.projection.tiles import (
+    Shapes,
+    Tile,
+    known_square_norm,
+    random_integers,
+    random_signs,
+    tiles,
+)
+
+
+def _each_tile(factors: list[Factor], buffer: Tensor, use: Callable[[Tile], None]) -> Tensor:
+    """Hand every tile of a gradient to ``use``; returns ‖G‖² ``[example]``."""
+    known = known_square_norm(factors)
+    square = torch.zeros(len(buffer), device=buffer.device)
+    for tile in tiles(factors):
+        use(tile)
+        if known is None:
+            square += tile.values.square().sum(1)
+    return square if known is None else known
 
 
 class Identity:
@@ -29,12 +48,11 @@ class Identity:
         return torch.zeros(num_examples, self.dim)
 
     def add(self, buffer: Tensor, name: str, factors: list[Factor]) -> Tensor:
-        square = torch.zeros(len(buffer), device=buffer.device)
-        for tile in tiles(factors):
+        def use(tile: Tile) -> None:
             first = self.offsets[name] + tile.start
             buffer[:, first : first + tile.values.shape[1]] += tile.values
-            square += tile.values.square().sum(1)
-        return square
+
+        return _each_tile(factors, buffer, use)
 
     def rows(self, buffer: Tensor) -> Tensor:
         return buffer
@@ -56,13 +74,11 @@ class Rademacher:
         return torch.zeros(num_examples, self.dim)
 
     def add(self, buffer: Tensor, name: str, factors: list[Factor]) -> Tensor:
-        square = torch.zeros(len(buffer), device=buffer.device)
-        for tile in tiles(factors):
-            size = tile.values.shape[1]
-            signs = self.signs[name][tile.start : tile.start + size].to(buffer)
-            buffer.addmm_(tile.values, signs)
-            square += tile.values.square().sum(1)
-        return square
+        def use(tile: Tile) -> None:
+            signs = self.signs[name][tile.start : tile.start + tile.values.shape[1]]
+            buffer.addmm_(tile.values, signs.to(buffer))
+
+        return _each_tile(factors, buffer, use)
 
     def rows(self, buffer: Tensor) -> Tensor:
         return buffer / self.dim**0.5
@@ -87,11 +103,7 @@ class CountSketch:
         return torch.zeros(num_examples, 2 * self.dim)
 
     def add(self, buffer: Tensor, name: str, factors: list[Factor]) -> Tensor:
-        square = torch.zeros(len(buffer), device=buffer.device)
-        for tile in tiles(factors):
-            self.add_tile(buffer, name, tile)
-            square += tile.values.square().sum(1)
-        return square
+        return _each_tile(factors, buffer, partial(self.add_tile, buffer, name))
 
     def add_tile(self, buffer: Tensor, name: str, tile: Tile) -> None:
         size = tile.values.shape[1]

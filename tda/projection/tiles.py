@@ -70,9 +70,14 @@ def total(parts: list[Tensor]) -> Tensor:
     return result
 
 
+def known_square_norm(factors: list[Factor]) -> Tensor | None:
+    """‖G‖² ``[example]`` where it costs less than forming G; None elsewhere."""
+    return factors[0].square_norm() if len(factors) == 1 else None
+
+
 def square_norm(factors: list[Factor]) -> Tensor:
     """‖G‖² ``[example]`` of one parameter's gradient."""
-    known = factors[0].square_norm() if len(factors) == 1 else None
+    known = known_square_norm(factors)
     if known is not None:
         return known
     return total([tile.values.square().sum(1) for tile in tiles(factors)])
