@@ -1,13 +1,17 @@
 """Find wrong labels among 60,000 real images, and ask which images taught a CNN what it predicts.
 
-    hardware   two CPU cores, no GPU; @MEMORY@ of memory, @DISK@ of disk
-    time       @TIME@, the data set fetched
+    hardware   two CPU cores, no GPU; 2 GB of memory, 650 MB of disk
+    time       15 minutes with the data set fetched, on busy cores: the job got 1.1 of the two
     data       Fashion-MNIST, 60,000 + 10,000 images of 28 × 28 pixels: the Debian package
                dataset-fashion-mnist (31 MB, fetched once into data/), or --data FOLDER with the
                four idx .gz files. 10 % of the training labels are replaced by another, seeded.
     makes      stores/fashion_mnist/: three checkpoints, the index, the answers, report.html,
                planted.json
-    expected   @EXPECTED@
+    expected   the CNN reads 90 % of the test images. Of the planted labels, inspecting the first
+               10 % (20 %) of the training set finds: by self-influence 80 % (99 %) with the recipe
+               influence, 74 % (99 %) with tracin; by the loss alone 91 % (99 %), so here the
+               plain loss is the better ranking; by chance 10 % (20 %). Two trainings differed
+               by up to one point.
 
     python jobs/fashion_mnist.py                        # all of it
     python jobs/fashion_mnist.py --num-train 2000 --num-test 200 --path stores/fashion_small
