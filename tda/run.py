@@ -24,6 +24,7 @@ from tda.recipe import Recipe
 from tda.recipes import get_recipe
 from tda.store import Store, Table
 from tda.store.files import write_file
+from tda.store.lock import sole_writer
 from tda.task import Task
 
 if TYPE_CHECKING:
@@ -75,9 +76,10 @@ def index(
     path, data = Path(path), as_dataset(dataset)
     with progress_bar("reading the data", len(data), progress) as tick:
         examples, _ = describe(data, lambda done: tick(1))
-    run = _open_or_create(task, data, path, projection, dtype, chunk_rows)
-    table = run._plan("train", examples, data)
-    run._fill(table, data, batch_size, progress, "indexing")
+    with sole_writer(path):
+        run = _open_or_create(task, data, path, projection, dtype, chunk_rows)
+        table = run._plan("train", examples, data)
+        run._fill(table, data, batch_size, progress, "indexing")
     return run
 
 
@@ -215,8 +217,9 @@ class Run:
         with progress_bar("reading the queries", len(data), progress) as tick:
             examples, _ = describe(data, lambda done: tick(1))
         name = name or f"q-{examples.digest()[:16]}"
-        table = self._plan(f"queries/{name}", examples, data)
-        self._fill(table, data, batch_size, progress, f"queries {name}")
+        with sole_writer(self.path):
+            table = self._plan(f"queries/{name}", examples, data)
+            self._fill(table, data, batch_size, progress, f"queries {name}")
         return name
 
     def scores(self, queries: Any, recipe: str | Recipe = "trak") -> da.Array:

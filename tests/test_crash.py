@@ -104,3 +104,22 @@ def test_a_run_killed_five_times_at_random_is_byte_identical(tmp_path, undisturb
     chance = random.Random(seed)
     marks = sorted(chance.randrange(0, NUM_CHUNKS) for _ in range(5))
     check(tmp_path, undisturbed, [(m, chance.random() * 0.06) for m in marks])
+
+
+def test_a_second_writer_is_refused_and_told_who_the_first_is(tmp_path):
+    from tda.errors import StoreError
+    from tda.store.lock import sole_writer
+
+    process = start(tmp_path / "run", tmp_path / "log", 0.2)
+    while not num_marks(tmp_path / "run"):
+        assert process.poll() is None
+        time.sleep(0.005)
+    with (
+        pytest.raises(StoreError, match=f"process {process.pid} on "),
+        sole_writer(tmp_path / "run"),
+    ):
+        pass
+    process.kill()
+    process.wait()
+    with sole_writer(tmp_path / "run"):  # the lock of a killed process is no lock
+        pass

@@ -17,7 +17,11 @@ from tda.report import charts, numbers
 from tda.report.data import CLEAR, Query, ReportData, Scored
 from tda.report.gather import collect
 from tda.report.pictures import Pictures, pixelated
-from tda.report.summary import share_of_self_influence, summarise, suspects_with_highest_loss
+from tda.report.summary import (
+    over_mean_self_influence,
+    summarise,
+    suspects_with_highest_loss,
+)
 from tda.report.words import headline, limits, reading
 from tda.store.files import write_file
 
@@ -81,7 +85,7 @@ def _environment() -> jinja2.Environment:
         "reading": reading,
         "short_id": _short_id,
         "strongest": _strongest,
-        "self_share": lambda scored, data: share_of_self_influence(data, scored),
+        "over_mean": lambda scored, data: over_mean_self_influence(data, scored),
         "pixelated": pixelated,
     }
     return environment

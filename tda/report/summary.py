@@ -79,16 +79,16 @@ def summarise(data: ReportData) -> dict[str, Any]:
     return _json(found)
 
 
-def share_of_self_influence(data: ReportData, scored: Scored) -> float:
-    """An example's part of the summed self-influence of the training set."""
-    total = float(np.nansum(data.self_influence, dtype=np.float64))
-    return scored.score / total if total > 0 else 0.0
+def over_mean_self_influence(data: ReportData, scored: Scored) -> float:
+    """An example's self-influence as a multiple of the training set's mean."""
+    mean = float(np.nanmean(data.self_influence, dtype=np.float64))
+    return scored.score / mean if mean > 0 else 0.0
 
 
 def suspect(data: ReportData, scored: Scored) -> dict[str, Any]:
     return {
         **_scored(scored, "self_influence"),
-        "share_of_self_influence": share_of_self_influence(data, scored),
+        "over_mean_self_influence": over_mean_self_influence(data, scored),
     }
 
 
