@@ -20,7 +20,7 @@ from tda.data import Dataset, batches, collate, read
 from tda.errors import GradientError
 from tda.gradients import NUM_AUDITED, Consume, Factor, Gradients, shapes_of
 from tda.gradients.rules import InseparableError
-from tda.projection import Bases, Pilot, Projection, Projector
+from tda.projection import Bases, Pilot, Projection, Projector, is_rank_one
 from tda.store import Table
 from tda.task import Task
 
@@ -59,6 +59,15 @@ class Features:
         return replace(self, embedding=torch.zeros(len(self.rows), width))
 
 
+@dataclass(frozen=True)
+class Probe:
+    """What a few examples show: the hidden layer's width (None without one), and the parameters
+    whose gradient at an example is one outer product."""
+
+    hidden: int | None
+    rank_one: list[str]
+
+
 class Featurizer:
     """Turns batches into features, for one task and one projection.
 
@@ -82,10 +91,16 @@ class Featurizer:
             self.gradients.load(self.task.checkpoints[checkpoint].load())
             self._checkpoint = checkpoint
 
-    def probe(self, dataset: Dataset) -> int | None:
-        """Audit the gradients on a few examples at the last checkpoint; hidden layer's width."""
-        _, hidden = self._sample(dataset, NUM_AUDITED, lambda name, factors: None)
-        return None if hidden is None else hidden.shape[1]
+    def probe(self, dataset: Dataset) -> Probe:
+        """Audit the gradients on a few examples at the last checkpoint."""
+        rank_one: list[str] = []
+
+        def consume(name: str, factors: list[Factor]) -> None:
+            if is_rank_one(factors):
+                rank_one.append(name)
+
+        _, hidden = self._sample(dataset, NUM_AUDITED, consume)
+        return Probe(None if hidden is None else hidden.shape[1], rank_one)
 
     def pilot(self, dataset: Dataset) -> Pilot:
         """Gradient moments of a few examples at the last checkpoint."""

@@ -103,9 +103,12 @@ def _open_or_create(
     chunk_rows: int | None,
 ) -> Run:
     shapes = shapes_of(task.model)
-    projection = projection.resolve(shapes)
     stored = Store.open(path).manifest if (path / "manifest.json").exists() else None
     featurizer = Featurizer(task)
+    if stored is None:
+        projection = projection.resolve(shapes, featurizer.probe(data).rank_one)
+    else:
+        projection = projection.resolve(shapes, stored["projection"].get("rank_one", ()))
     bases = None
     if projection.needs_pilot and stored is None:
         bases = projection.fit(featurizer.pilot(data), shapes)
@@ -315,7 +318,7 @@ class Run:
             train = self.store.table("train")
         except StoreError:  # nothing is planned yet
             train = None
-        hidden = self._ready().probe(data) if train is None else train.hidden
+        hidden = self._ready().probe(data).hidden if train is None else train.hidden
         return self.store.plan(name, examples, hidden)
 
     def _fill(

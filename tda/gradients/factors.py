@@ -32,6 +32,11 @@ class Outer:
     def shape(self) -> tuple[int, int]:
         return self.left.shape[2] * self.left.shape[3], self.right.shape[3]
 
+    @property
+    def is_rank_one(self) -> bool:
+        """Whether G is one outer product: one position, one group."""
+        return self.left.shape[1] == self.left.shape[2] == 1
+
     def rows(self, start: int, stop: int) -> Tensor:
         """G[start:stop] at each example, ``[example, stop-start, I]`` float32."""
         left, right = self.left.float(), self.right.float()

@@ -10,7 +10,8 @@ The count sketch hashes whole runs of ``dim`` neighbouring coordinates: coordina
 (j + shift(run of j)) mod dim. Two coordinates of one run never collide, any other two with
 probability 1/dim, and every sign is independent, so it is unbiased with the variance of a count
 sketch (Charikar et al. 2002; k·Var⟨Px,Py⟩ ≤ ‖x‖²‖y‖² + ⟨x,y⟩²), and adding a run is one
-contiguous multiply-add. Gradients are formed tile by tile and sketched while they are in cache.
+contiguous multiply-add. Gradients are formed tile by tile and sketched while they are in cache;
+those of large layers with one position, which are outer products, are never formed at all.
 
     tiles.py      gradients in tiles; seeded randomness
     sketches.py   identity, rademacher, count sketch
@@ -22,8 +23,8 @@ Randomness is ``(seed, parameter name, role)`` hashed into Philox: the same byte
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -37,13 +38,16 @@ from tda.projection.kronecker import (
     bases_from_bytes,
     bases_to_bytes,
 )
-from tda.projection.sketches import CountSketch, Identity, Rademacher
+from tda.projection.sketches import CountSketch, Identity, Rademacher, is_rank_one
 from tda.projection.tiles import Shapes
 
 __all__ = [
     "Bases", "KINDS", "Pilot", "Projection", "Projector", "Shapes", "bases_from_bytes",
-    "bases_to_bytes",
+    "bases_to_bytes", "is_rank_one",
 ]  # fmt: skip
+
+# A layer this many times larger than dim is sketched faster by three Fourier transforms.
+_WORTH_TRANSFORMING = 8
 
 KINDS = ("count_sketch", "two_stage", "kronecker", "rademacher", "identity")
 
@@ -54,7 +58,7 @@ class Projection:
 
     dim: numbers kept an example. seed: of all randomness. rank: rows of each side's basis, for
     two_stage. basis: "eigen" (of a pilot's second moments) or "random", for two_stage and
-    kronecker. Raises ConfigError.
+    kronecker. rank_one: found by `resolve`, for count_sketch. Raises ConfigError.
     """
 
     kind: str = "count_sketch"
@@ -62,6 +66,7 @@ class Projection:
     seed: int = 0
     rank: int = 64
     basis: str = "eigen"
+    rank_one: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -99,14 +104,25 @@ class Projection:
             del spec["rank"]
         if self.kind == "identity":
             del spec["seed"]
+        if not self.rank_one:
+            del spec["rank_one"]
         return spec
 
-    def resolve(self, shapes: Shapes) -> Projection:
-        """With ``dim`` ≥ the number of parameters there is nothing to project: identity."""
-        total = sum(rows * columns for rows, columns in shapes.values())
-        if self.kind == "identity" or (self.kind == "count_sketch" and self.dim >= total):
-            return Projection("identity", total)
-        return self
+    def resolve(self, shapes: Shapes, rank_one: Iterable[str]) -> Projection:
+        """This projection for a model with these parameters.
+
+        With ``dim`` ≥ their number there is nothing to project: identity. ``rank_one`` are those
+        whose gradient at an example is an outer product: where they are large, a count sketch
+        takes the sketch of an outer product.
+        """
+        sizes = {name: rows * columns for name, (rows, columns) in shapes.items()}
+        number = sum(sizes.values())
+        if self.kind == "identity" or (self.kind == "count_sketch" and self.dim >= number):
+            return Projection("identity", number)
+        if self.kind != "count_sketch":
+            return self
+        large = [name for name in rank_one if sizes[name] > _WORTH_TRANSFORMING * self.dim]
+        return replace(self, rank_one=sorted(large))
 
     def bind(self, shapes: Shapes, bases: Bases | None = None) -> Projector:
         """The projection of a model's parameters; ``bases`` (of a `Pilot`) where it needs them."""
@@ -115,7 +131,7 @@ class Projection:
         if self.kind == "rademacher":
             return Rademacher(self.dim, self.seed, shapes)
         if self.kind == "count_sketch":
-            return CountSketch(self.dim, self.seed, shapes)
+            return CountSketch(self.dim, self.seed, shapes, self.rank_one)
         if bases is None:
             raise ConfigError(f"projection {self.kind!r} needs the bases of a pilot")
         mixed = self.dim if self.kind == "two_stage" else None

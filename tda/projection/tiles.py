@@ -28,6 +28,12 @@ def random_integers(count: int, below: int, seed: int, name: str, role: str) -> 
     return (raw % np.uint64(below)).astype(np.int64)
 
 
+def random_permutation(size: int, seed: int, name: str, role: str) -> Tensor:
+    """A permutation of range(size), the same on every machine."""
+    raw = _philox(seed, name, role).random_raw(size)
+    return torch.from_numpy(np.argsort(raw, kind="stable"))
+
+
 def _philox(seed: int, name: str, role: str) -> np.random.Philox:
     key = hashlib.blake2b(f"{seed}/{role}/{name}".encode(), digest_size=16).digest()
     return np.random.Philox(key=np.frombuffer(key, "<u8"))

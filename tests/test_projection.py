@@ -1,0 +1,108 @@
+"""A sketch is one linear map, however it is computed; E[PᵀP] = I."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import tda
+from tda.gradients import Dense, Factor, Lookup, Outer
+from tda.projection import Projection
+from tda.projection import tiles as tiling
+from tda.projection.sketches import CountSketch
+
+SHAPES = [(30, 40), (100, 70), (30, 200), (5, 5)]  # sides below and above DIM
+DIM = 64
+
+
+def outer(rows: int, columns: int, positions: int = 1, examples: int = 6) -> Outer:
+    left = torch.randn(examples, positions, 1, rows)
+    return Outer(left, torch.randn(examples, positions, 1, columns))
+
+
+def sketched(sketch: CountSketch, factor: Factor) -> Tensor:
+    buffer = sketch.zeros(factor.num_examples)
+    sketch.add(buffer, "w", [factor])
+    return sketch.rows(buffer)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dim", [DIM, 63])
+def test_the_sketch_of_an_outer_product_is_that_of_its_matrix(shape, dim):
+    """By Fourier transforms of the two sides, and coordinate by coordinate."""
+    factor = outer(*shape)
+    sketch = CountSketch(dim, 3, {"w": shape}, ["w"])
+    fast = sketched(sketch, factor)
+    slow = sketched(sketch, Dense(factor.rows(0, shape[0])))
+    torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-4 * float(slow.abs().max()))
+
+
+@pytest.mark.parametrize("rank_one", [(), ("w",)], ids=["runs", "outer"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_each_coordinate_goes_to_one_bucket_with_one_sign(shape, rank_one):
+    """The columns of P, one unit gradient at a time: entries in {0, ±1}, one not 0."""
+    num = shape[0] * shape[1]
+    sketch = CountSketch(DIM, 1, {"w": shape}, rank_one)
+    columns = sketched(sketch, Dense(torch.eye(num).reshape(num, *shape)))
+    assert torch.equal(columns.abs().sum(1), torch.ones(num))
+    assert torch.equal(columns.abs().max(1).values, torch.ones(num))
+
+
+@pytest.mark.parametrize("rank_one", [(), ("w",)], ids=["runs", "outer"])
+def test_products_are_unbiased_with_the_variance_of_a_sketch(rank_one):
+    factor, seeds = outer(30, 40), 300
+    gradients = factor.rows(0, 30).flatten(1)
+    exact = gradients @ gradients.T
+    norms = gradients.norm(dim=1)
+    errors = torch.stack(
+        [
+            (rows @ rows.T - exact) / (norms[:, None] * norms)
+            for seed in range(seeds)
+            for rows in [sketched(CountSketch(DIM, seed, {"w": (30, 40)}, rank_one), factor)]
+        ]
+    )
+    apart = ~torch.eye(len(exact), dtype=torch.bool)
+    assert float(errors.mean(0).abs().max()) < 4.5 * (2 / DIM / seeds) ** 0.5
+    assert 0.5 < float(DIM * errors.var(0)[apart].mean()) < 1.5
+    assert float(DIM * errors.var(0).max()) < 5
+
+
+@pytest.mark.parametrize("size", [1, 50, 999, 2**20])
+def test_tiles_do_not_matter(monkeypatch, size):
+    factor = outer(30, 200, positions=5)
+    sketch = CountSketch(DIM, 0, {"w": (30, 200)})
+    whole = sketched(sketch, factor)
+    monkeypatch.setattr(tiling, "_TILE_FLOATS", size)
+    torch.testing.assert_close(sketched(sketch, factor), whole, rtol=1e-4, atol=1e-4)
+
+
+def test_a_lookup_is_its_dense_gradient():
+    index = torch.randint(0, 50, (4, 7))
+    lookup = Lookup(index, torch.randn(4, 7, 9), 50)
+    sketch = CountSketch(DIM, 0, {"w": (50, 9)})
+    dense = sketched(sketch, Dense(lookup.rows(0, 50)))
+    torch.testing.assert_close(sketched(sketch, lookup), dense, rtol=1e-4, atol=1e-4)
+    assert lookup.square_norm() is not None
+    torch.testing.assert_close(lookup.square_norm(), lookup.rows(0, 50).square().sum((1, 2)))
+
+
+def test_only_large_layers_with_one_position_are_sketched_as_outer_products(tmp_path):
+    """Found by looking at a few examples, and kept in the manifest for those who come later."""
+    model = torch.nn.Sequential(
+        torch.nn.Linear(40, 50), torch.nn.ReLU(), torch.nn.Linear(50, 3), torch.nn.Flatten()
+    )
+    data = (torch.randn(20, 40), torch.arange(20) % 3)
+    task = tda.Task(model)
+    run = tda.index(task, data, tmp_path / "run", proj_dim=32, progress=False)
+    assert run.store.manifest["projection"]["rank_one"] == ["0.weight"]
+    before = run.store.table("train").rows(0, 0, 20)
+    again = tda.index(task, data, tmp_path / "run", proj_dim=32, progress=False)
+    name = tda.open(tmp_path / "run", task=task).add_queries(data, "same")
+    queries = again.store.table(f"queries/{name}").rows(0, 0, 20)
+    torch.testing.assert_close(queries, before, rtol=2**-7, atol=1e-6)  # train rows are bfloat16
+
+
+def test_a_count_sketch_wider_than_the_model_is_the_gradient_itself():
+    assert Projection("count_sketch", 100).resolve({"w": (5, 5)}, []).kind == "identity"
+    assert Projection("count_sketch", 24).resolve({"w": (5, 5)}, []).kind == "count_sketch"
