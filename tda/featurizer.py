@@ -20,7 +20,7 @@ from tda.data import Dataset, batches, collate, read
 from tda.errors import GradientError
 from tda.gradients import NUM_AUDITED, Consume, Factor, Gradients, shapes_of
 from tda.gradients.rules import InseparableError
-from tda.projection import Bases, Pilot, Projection, Projector, is_rank_one
+from tda.projection import Bases, Pilot, Projection, Projector, rank_one
 from tda.store import Table
 from tda.task import Task
 
@@ -93,14 +93,14 @@ class Featurizer:
 
     def probe(self, dataset: Dataset) -> Probe:
         """Audit the gradients on a few examples at the last checkpoint."""
-        rank_one: list[str] = []
+        names: list[str] = []
 
         def consume(name: str, factors: list[Factor]) -> None:
-            if is_rank_one(factors):
-                rank_one.append(name)
+            if rank_one(factors) is not None:
+                names.append(name)
 
         _, hidden = self._sample(dataset, NUM_AUDITED, consume)
-        return Probe(None if hidden is None else hidden.shape[1], rank_one)
+        return Probe(None if hidden is None else hidden.shape[1], names)
 
     def pilot(self, dataset: Dataset) -> Pilot:
         """Gradient moments of a few examples at the last checkpoint."""

@@ -132,6 +132,7 @@ def test_index_refuses_a_run_made_from_something_else(config):
 
 def test_query_writes_the_engines_answer_to_json_and_parquet(config, run, tmp_path):
     top = tda.open(run).top_k("test", k=3, recipe="influence")
+    nearest = tda.open(run).baseline_top_k("test", k=3).proponents
     for out in (tmp_path / "answers.json", tmp_path / "answers.parquet"):
         ran("query", run, "--recipe", "influence", "-k", 3, "--out", out)
         if out.suffix == ".json":
@@ -140,9 +141,9 @@ def test_query_writes_the_engines_answer_to_json_and_parquet(config, run, tmp_pa
             rows = written["answers"]
         else:
             rows = parquet.read_table(out).to_pylist()
-        assert len(rows) == 4 * 2 * 3
-        for side in ("proponents", "opponents"):
-            ranking = getattr(top, side)
+        assert len(rows) == 4 * 3 * 3
+        sides = {"proponents": top.proponents, "opponents": top.opponents, "nearest": nearest}
+        for side, ranking in sides.items():
             for query in range(4):
                 mine = [r for r in rows if r["query"] == f"q{query}" and r["side"] == side]
                 assert [r["rank"] for r in mine] == [1, 2, 3]
@@ -172,7 +173,7 @@ def test_a_query_set_added_to_the_configuration_is_featurized_when_asked(config,
     more = ["--set", f"run.path={tmp_path / 'run'}", "--set", "workload.queries.more=job.py:more"]
     ran("index", config, "--set", f"run.path={tmp_path / 'run'}")
     ran("query", config, *more, "--queries", "more", "--out", tmp_path / "more.json")
-    assert len(json.loads((tmp_path / "more.json").read_text())["answers"]) == 3 * 2 * 3
+    assert len(json.loads((tmp_path / "more.json").read_text())["answers"]) == 3 * 3 * 3
     assert sorted(tda.open(tmp_path / "run").queries) == ["more", "test"]
     assert "which query set?" in ran("query", tmp_path / "run", code=1).stderr
 

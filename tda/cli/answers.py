@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,17 +18,19 @@ from tda.errors import ConfigError, DataError, StoreError
 if TYPE_CHECKING:
     import dask.array as da
 
+    from tda.ranking import Ranking, TopK
     from tda.run import Run
-    from tda.scorer import TopK
 
-_SIDES = ("proponents", "opponents")
+_HEADS = {"proponents": "proponent", "opponents": "opponent", "nearest": "nearest"}
 
 
 @dataclass(frozen=True)
 class Answer:
     """The top training examples of some queries of one set, both sides, best first.
 
-    ``positions [m]`` are the rows of ``top`` (and of the query table) that are shown.
+    ``positions [m]`` are the rows of ``sides`` (and of the query table) that are shown. ``sides``:
+    proponents, opponents and, beside them, the nearest by cosine of the last hidden layer, which
+    needs no gradient. ``losses [m]`` are the queries' own. ``recall``: of an approximate search.
     """
 
     run: str
@@ -37,8 +39,10 @@ class Answer:
     positions: tuple[int, ...]
     query_ids: Sequence[str]
     query_labels: Sequence[Any] | None
+    losses: Sequence[float]
     train_labels: Sequence[Any] | None
-    top: TopK
+    sides: Mapping[str, Ranking]
+    recall: float | None
 
     @property
     def num_queries(self) -> int:
@@ -47,8 +51,7 @@ class Answer:
     def rows(self) -> Iterator[dict[str, Any]]:
         """One row for each query, side and rank."""
         for position in self.positions:
-            for side in _SIDES:
-                ranking = getattr(self.top, side)
+            for side, ranking in self.sides.items():
                 for rank, index in enumerate(ranking.indices[position].tolist()):
                     yield {
                         "query": str(self.query_ids[position]),
@@ -62,28 +65,36 @@ class Answer:
                     }
 
     def tables(self, limit: int) -> Iterator[Table]:
-        """One table a query: proponents to the left, opponents to the right."""
+        """One table a query: proponents to the left, then opponents, then the baseline."""
+        columns = ["# "]
+        for side in self.sides:
+            score = "cosine " if side == "nearest" else "score "
+            columns += [_HEADS[side], "label ", score]
         for position in self.positions[:limit]:
-            label = _label(self.query_labels, position)
-            title = f"query {self.query_ids[position]}"
-            title += "" if label is None else f", label {label}"
-            rows = []
-            for rank in range(self.top.proponents.indices.shape[1]):
-                cells = [str(rank + 1)]
-                for side in _SIDES:
-                    ranking = getattr(self.top, side)
-                    index = int(ranking.indices[position][rank])
-                    cells += [
-                        str(ranking.ids[position][rank]),
-                        _text(_label(self.train_labels, index)),
-                        f"{ranking.scores[position][rank]:+.3g}",
-                    ]
-                rows.append(cells)
-            yield tables.table(
-                f"{title} · {self.recipe}",
-                ("# ", "proponent", "label ", "score ", "opponent", "label ", "score "),
-                rows,
-            )
+            depth = self.sides["proponents"].indices.shape[1]
+            rows = [self._cells(position, rank) for rank in range(depth)]
+            yield tables.table(self._title(position), columns, rows)
+
+    def _title(self, position: int) -> str:
+        label = _label(self.query_labels, position)
+        parts = [
+            f"query {self.query_ids[position]}" + ("" if label is None else f", label {label}"),
+            f"loss {self.losses[position]:.3g}",
+            self.recipe,
+            *([] if self.recall is None else [f"approximate, recall {self.recall:.2f}"]),
+        ]
+        return " · ".join(parts)
+
+    def _cells(self, position: int, rank: int) -> list[str]:
+        cells = [str(rank + 1)]
+        for ranking in self.sides.values():
+            index = int(ranking.indices[position][rank])
+            cells += [
+                str(ranking.ids[position][rank]),
+                _text(_label(self.train_labels, index)),
+                f"{ranking.scores[position][rank]:+.3g}",
+            ]
+        return cells
 
     def write(self, path: Path) -> None:
         """Write every row to ``path``, whole or not at all. Raises StoreError if it cannot be."""
@@ -92,7 +103,12 @@ class Answer:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.suffix == ".json":
-                head = {"run": self.run, "queries": self.query_set, "recipe": self.recipe}
+                head = {
+                    "run": self.run,
+                    "queries": self.query_set,
+                    "recipe": self.recipe,
+                    "recall": self.recall,
+                }
                 text = json.dumps({**head, "answers": list(self.rows())}, indent=1)
                 partial.write_text(text + "\n", encoding="utf-8")
             else:
@@ -137,6 +153,10 @@ def collect(run: Run, query_set: str, recipe: str, top: TopK, ids: Sequence[str]
             found=unknown[0],
             wanted=f"one of {len(query_ids)} ids: {', '.join(query_ids[:3])}, …",
         )
+    sides = {"proponents": top.proponents, "opponents": top.opponents}
+    if train.hidden:
+        depth = top.proponents.indices.shape[1]
+        sides["nearest"] = run.baseline_top_k(query_set, depth).proponents
     return Answer(
         run=str(run.path),
         query_set=query_set,
@@ -144,8 +164,10 @@ def collect(run: Run, query_set: str, recipe: str, top: TopK, ids: Sequence[str]
         positions=tuple(positions[name] for name in ids) or tuple(range(len(query_ids))),
         query_ids=query_ids,
         query_labels=_labels(queries),
+        losses=queries.column("loss")[-1].tolist(),
         train_labels=_labels(train),
-        top=top,
+        sides=sides,
+        recall=top.recall,
     )
 
 

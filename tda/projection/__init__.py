@@ -38,12 +38,12 @@ from tda.projection.kronecker import (
     bases_from_bytes,
     bases_to_bytes,
 )
-from tda.projection.sketches import CountSketch, Identity, Rademacher, is_rank_one
+from tda.projection.sketches import CountSketch, Identity, Rademacher, rank_one
 from tda.projection.tiles import Shapes
 
 __all__ = [
     "Bases", "KINDS", "Pilot", "Projection", "Projector", "Shapes", "bases_from_bytes",
-    "bases_to_bytes", "is_rank_one",
+    "bases_to_bytes", "rank_one",
 ]  # fmt: skip
 
 # A layer this many times larger than dim is sketched faster by three Fourier transforms.

@@ -116,8 +116,9 @@ class CountSketch:
         sketch = self.outer.get(name)
         if sketch is None:
             return _each_tile(factors, buffer, partial(self.add_tile, buffer, name))
-        if is_rank_one(factors):
-            self._frequencies(buffer).add_(sketch.spectrum(factors[0]))
+        outer = rank_one(factors)
+        if outer is not None:
+            self._frequencies(buffer).add_(sketch.spectrum(outer))
             return square_norm(factors)
         return _each_tile(factors, buffer, partial(sketch.add_tile, buffer))
 
@@ -143,9 +144,10 @@ class CountSketch:
         return torch.view_as_complex(buffer[:, 2 * self.dim :].unflatten(1, (-1, 2)))
 
 
-def is_rank_one(factors: list[Factor]) -> bool:
-    """Whether a gradient is one outer product an example: a linear layer with one position."""
-    return len(factors) == 1 and isinstance(factors[0], Outer) and factors[0].is_rank_one
+def rank_one(factors: list[Factor]) -> Outer | None:
+    """The outer product that a gradient is at each example: of a linear layer with one position."""
+    first = factors[0]
+    return first if len(factors) == 1 and isinstance(first, Outer) and first.is_rank_one else None
 
 
 class OuterSketch:
