@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +77,15 @@ def task(run_path: str = PATH) -> tda.Task:
     return tda.Task(network(), checkpoints=checkpoints, measurement="cross_entropy")
 
 
+def train(subset: np.ndarray, seed: int) -> nn.Module:
+    """The same network, trained in the same way on part of the training set (`tda evaluate`)."""
+    torch.manual_seed(seed)
+    model = network()
+    for _ in _epochs(model, subset, seed):
+        pass
+    return model
+
+
 def demo(path: str | Path = PATH, proj_dim: int = 512, num_test: int = 360) -> Path:
     """Train, index, ask, report. Returns the report's path; a second call finds all of it done."""
     model = task(str(path))
@@ -84,6 +95,7 @@ def demo(path: str | Path = PATH, proj_dim: int = 512, num_test: int = 360) -> P
     return write_report(run, query_name="test", recipe="influence", label_names=NAMES)
 
 
+@cache
 def _split() -> tuple[dict[str, Any], dict[str, Any]]:
     digits = load_digits()
     split = train_test_split(
@@ -101,22 +113,33 @@ def _examples(digits: Any, rows: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _train(folder: Path) -> None:
-    """Plain SGD with momentum; the same numbers every time on the same machine."""
-    torch.manual_seed(0)
-    model, data = network(), train_set()
-    order = torch.Generator().manual_seed(0)
+def _epochs(model: nn.Module, subset: np.ndarray, seed: int) -> Iterator[int]:
+    """Plain SGD with momentum on part of the training set; the steps taken after each epoch."""
+    data = train_set()
+    inputs, targets = data["input"][subset], data["target"][subset]
+    order = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate(0), momentum=0.9)
-    folder.mkdir(parents=True, exist_ok=True)
-    kept, step = [], 0
-    for epoch in track(range(EPOCHS), "training", console=console):
+    step = 0
+    for epoch in range(EPOCHS):
         optimizer.param_groups[0]["lr"] = learning_rate(epoch)
-        for batch in torch.randperm(len(data["target"]), generator=order).split(BATCH):
-            loss = nn.functional.cross_entropy(model(data["input"][batch]), data["target"][batch])
+        for batch in torch.randperm(len(targets), generator=order).split(BATCH):
+            loss = nn.functional.cross_entropy(model(inputs[batch]), targets[batch])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             step += 1
+        yield step
+
+
+def _train(folder: Path) -> None:
+    """The checkpoints; the same numbers every time on the same machine."""
+    torch.manual_seed(0)
+    model = network()
+    every = np.arange(len(train_set()["target"]))
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = []
+    steps = track(_epochs(model, every, seed=0), "training", total=EPOCHS, console=console)
+    for epoch, step in enumerate(steps):
         if epoch + 1 in KEPT:
             file = f"step-{step:05}.safetensors"
             save_file(model.state_dict(), folder / file)

@@ -5,8 +5,9 @@
     [projection]  kind, dim, seed
     [index]       dtype, batch_size, chunk_rows
     [query]       recipe, k
+    [evaluate]    train, queries, kind, num_subsets, fraction, seeds, workers
 
-``task``, ``train`` and every entry of ``queries`` name Python code that builds the thing:
+``task``, both ``train`` and every entry of ``queries`` name Python code that builds the thing:
 ``module:function`` or ``file.py:function``, a file relative to the configuration's own folder or to
 the current directory. **Using a configuration therefore runs code**; read one before you use it.
 ``options`` are keyword arguments: each function is given those it has a parameter for, and the
@@ -16,6 +17,7 @@ run's path when it has a parameter ``run_path`` (to keep its checkpoints with th
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -104,6 +106,22 @@ class QuerySection(_Section):
     k: PositiveInt = 10
 
 
+class EvaluateSection(_Section):
+    """Ground truth by retraining (see ``tda.evaluate.Design``).
+
+    ``train`` is called as ``train(subset, seed)`` and returns a model trained on the training
+    examples ``subset``; several ``workers`` train in as many processes.
+    """
+
+    train: Code | None = None
+    queries: QueryName | None = None
+    kind: Literal["half", "removal", "leave_one_out"] = "half"
+    num_subsets: PositiveInt = 64
+    fraction: float | None = Field(default=None, gt=0, lt=1)
+    seeds: list[NonNegativeInt] = Field(default=[0, 1], min_length=1)
+    workers: PositiveInt = 1
+
+
 class Config(_Section):
     """A validated workload. ``folder`` is where its file lies: code files are looked up there."""
 
@@ -112,6 +130,7 @@ class Config(_Section):
     projection: ProjectionSection = ProjectionSection()
     index: IndexSection = IndexSection()
     query: QuerySection = QuerySection()
+    evaluate: EvaluateSection = EvaluateSection()
     folder: Path = Field(default=Path(), exclude=True)
 
     @property
@@ -146,21 +165,41 @@ class Config(_Section):
             )
         return self._build(self.workload.queries[name])
 
+    def build_retraining(self) -> Callable[[Any, int], Any]:
+        """``train(subset, seed)`` of [evaluate], given the options. Raises ConfigError if none."""
+        if self.evaluate.train is None:
+            raise ConfigError(
+                "the configuration does not say how to train again",
+                where="[evaluate] train",
+                wanted=f"a function (subset, seed) -> model, as {_CODE}",
+            )
+        function, options = self._function(self.evaluate.train)
+        return functools.partial(function, **options) if options else function
+
     def _build(self, reference: str) -> Any:
+        function, options = self._function(reference)
+        return function(**options)
+
+    def _function(self, reference: str) -> tuple[Callable[..., Any], dict[str, Any]]:
         self._check_options()
         function = load_code(reference, self.folder)
         options = {"run_path": self.run.path, **self.workload.options}
-        return function(**_accepted(function, options))
+        return function, _accepted(function, options)
+
+    @property
+    def code(self) -> list[str]:
+        """Every reference to code."""
+        work, train = self.workload, self.evaluate.train
+        return sorted({work.task, work.train, *work.queries.values(), *([train] if train else [])})
 
     def _check_options(self) -> None:
         """Every option must reach some function: one that none takes is a spelling mistake."""
         if not self.workload.options:
             return
-        work = self.workload
-        references = {work.task, work.train, *work.queries.values()}
-        functions = [load_code(reference, self.folder) for reference in sorted(references)]
-        taken = {name for f in functions for name in _accepted(f, work.options)}
-        for name in work.options:
+        options = self.workload.options
+        functions = [load_code(reference, self.folder) for reference in self.code]
+        taken = {name for f in functions for name in _accepted(f, options)}
+        for name in options:
             if name not in taken:
                 known = sorted({p for f in functions for p in inspect.signature(f).parameters})
                 raise ConfigError(

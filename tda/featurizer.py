@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tda.data import Dataset, batches, collate, read
 from tda.errors import GradientError
-from tda.gradients import NUM_AUDITED, Consume, Factor, Gradients, shapes_of
+from tda.gradients import Consume, Factor, Gradients, shapes_of
 from tda.gradients.rules import InseparableError
 from tda.projection import Bases, Pilot, Projection, Projector, rank_one
 from tda.store import Table
@@ -78,6 +78,7 @@ class Featurizer:
         self.task = task
         self.projector: Projector | None = None
         self._checkpoint: int | None = None
+        self._probe: Probe | None = None
 
     @cached_property
     def gradients(self) -> Gradients:
@@ -92,15 +93,18 @@ class Featurizer:
             self._checkpoint = checkpoint
 
     def probe(self, dataset: Dataset) -> Probe:
-        """Audit the gradients on a few examples at the last checkpoint."""
+        """Audit the gradients on a few examples at the last checkpoint; once is enough."""
+        if self._probe is not None:
+            return self._probe
         names: list[str] = []
 
         def consume(name: str, factors: list[Factor]) -> None:
             if rank_one(factors) is not None:
                 names.append(name)
 
-        _, hidden = self._sample(dataset, NUM_AUDITED, consume)
-        return Probe(None if hidden is None else hidden.shape[1], names)
+        _, hidden = self._sample(dataset, self.gradients.num_audited, consume)
+        self._probe = Probe(None if hidden is None else hidden.shape[1], names)
+        return self._probe
 
     def pilot(self, dataset: Dataset) -> Pilot:
         """Gradient moments of a few examples at the last checkpoint."""

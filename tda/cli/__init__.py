@@ -1,4 +1,4 @@
-"""The command line: ``tda demo | index | query | score | report | verify | plan | recipes``.
+"""The command line: ``tda demo | index | query | score | evaluate | report | verify | …``.
 
 Nothing heavy is imported before a command needs it, so that ``tda --help`` is instant.
 """
@@ -162,7 +162,8 @@ def query(
     """The training examples most for and most against each query.
 
     A positive score: training on that example is predicted to help the query (proponents);
-    a negative one: to harm it (opponents). A CONFIG's query sets are featurized when the run does
+    a negative one: to harm it (opponents). Beside them the nearest examples by the last hidden
+    layer, which needs no gradient. A CONFIG's query sets are featurized when the run does
     not hold them yet; a RUN answers from what it holds, without the model or the data.
 
     Example: `tda query stores/digits --recipe trak -k 5 --out answers.parquet`
@@ -210,6 +211,35 @@ def score(
     where = out or opened.run.path / "scores" / f"{name}-{chosen}.zarr"
     write_scores(opened.run.scores(name, recipe=chosen), where, queries=name, recipe=chosen)
     typer.echo(where)
+
+
+@app.command()
+def evaluate(
+    config: ConfigFile,
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option("--recipe", metavar="NAME", help="Only this method; repeatable."),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Of the ground truth; default: its kind.")
+    ] = None,
+    set_: Overrides = None,
+) -> None:
+    """How well each method foretells what retraining does.
+
+    Trains again, as \\[evaluate] in the configuration says, without some of the training examples,
+    and compares what became of the queries with what the scores foretold: the linear datamodeling
+    score with its 95 % interval over queries and subsets, beside the score that noise allows.
+    Interrupted, the same command resumes. Retrainings and results are kept in RUN/evaluate/NAME.
+
+    Example: `tda evaluate configs/digits.toml --recipe influence --recipe trak`
+    """
+    from tda.cli import evaluation, tables
+    from tda.config import load_config
+
+    compared = evaluation.evaluate(load_config(config, set_ or ()), recipe or (), name)
+    tables.show(evaluation.table(compared))
+    typer.echo(compared.write())
 
 
 @app.command()

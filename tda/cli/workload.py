@@ -66,6 +66,11 @@ def open_workload(target: str, overrides: Sequence[str]) -> Opened:
     config = _config(target, overrides)
     if config is None:
         return Opened(tda.open(Path(target)), None)
+    return open_config(config, target)
+
+
+def open_config(config: Config, target: object = "CONFIG") -> Opened:
+    """Open the run of a configuration. Raises StoreError if it has none yet."""
     if not config.path.exists():
         raise StoreError(
             "this workload has no run yet", where=config.path, do=f"tda index {target}"

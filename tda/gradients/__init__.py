@@ -28,7 +28,6 @@ from tda.gradients.tap import Consume, ModifiedError, factors_of
 from tda.measurements import Measurement
 
 __all__ = [
-    "NUM_AUDITED",
     "Audit",
     "Consume",
     "Dense",
@@ -39,7 +38,8 @@ __all__ = [
     "shapes_of",
 ]
 
-NUM_AUDITED = 8
+_MOST_AUDITED, _LEAST_AUDITED = 8, 3
+_AUDIT_FLOATS = 2**28  # gradients held for the audit: 1 GiB, but for the largest models
 _TOLERANCE = {None: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 
 
@@ -95,6 +95,12 @@ class Gradients:
         self._copied: frozenset[str] = frozenset()
         self.model.requires_grad_(False)
 
+    @property
+    def num_audited(self) -> int:
+        """Examples of the first batch that are compared with plain autograd."""
+        size = sum(p.numel() for p in self.parameters.values())
+        return max(_LEAST_AUDITED, min(_MOST_AUDITED, _AUDIT_FLOATS // size))
+
     def load(self, weights: Mapping[str, Tensor]) -> None:
         """Take the weights of a checkpoint. Raises TaskError naming the keys that do not fit."""
         try:
@@ -119,7 +125,7 @@ class Gradients:
     def __call__(self, batch: Any, num_examples: int, consume: Consume) -> tuple[Tensor, Any]:
         """f ``[example]`` and the last hidden layer; ``consume(name, factors)`` a parameter.
 
-        The first batch is audited: its first 8 examples, each alone under plain autograd, must
+        The first batch is audited: its first 3 to 8 examples, each alone under plain autograd, must
         have the gradients found here, else the exact path takes over. Raises GradientError where
         the examples of a batch are not independent.
         """
@@ -196,7 +202,7 @@ class Gradients:
 
     def _alone(self, batch: Any, num_examples: int) -> tuple[Tensor, list[dict[str, Tensor]]]:
         """f and ∇f of examples by plain autograd, each in a batch of its own."""
-        count = min(NUM_AUDITED, num_examples)
+        count = min(self.num_audited, num_examples)
         try:
             pairs = [
                 exact.gradient(

@@ -1,0 +1,103 @@
+"""Many small networks trained at once: one batched product in place of one a model.
+
+A step of a small network is mostly overhead. Stacked (``torch.func``), M networks share it: each
+has its own weights, subset and order of examples, and all take their steps together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, grad, stack_module_state, vmap
+
+from tda.errors import TaskError
+from tda.evaluate.retrain import source_of
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Ensemble:
+    """A ``train`` for `ground_truth`: SGD as torch.optim's, for ``group`` networks at a time.
+
+    model: makes a freshly initialised network, without buffers (batch norm: train one by one).
+    inputs, targets: tensors ``[train, ...]``. learning_rate: of a step, or ``step -> number``.
+    The network of (subset, seed) starts as torch seeded with ``seed`` makes it and sees its subset
+    in a new order each epoch, ``batch_size`` at a time.
+    """
+
+    model: Callable[[], nn.Module]
+    inputs: Tensor
+    targets: Tensor
+    steps: int
+    batch_size: int
+    learning_rate: float | Callable[[int], float]
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    loss: Loss = F.cross_entropy
+    group: int = 32
+
+    @property
+    def digest(self) -> str:
+        """Changes with the numbers above and with the source of the functions."""
+        rate = self.learning_rate
+        numbers = (self.steps, self.batch_size, self.momentum, self.weight_decay, self.group)
+        rates = source_of(rate) if callable(rate) else repr(rate)
+        text = "\0".join([repr(numbers), rates, source_of(self.model), source_of(self.loss)])
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    def __call__(self, subset: np.ndarray, seed: int) -> nn.Module:
+        return self.many([(subset, seed)])[0]
+
+    def many(self, given: Sequence[tuple[np.ndarray, int]]) -> list[nn.Module]:
+        """The trained networks of (subset, seed) pairs."""
+        models = [self._fresh(seed) for _, seed in given]
+        stacked, buffers = stack_module_state(models)
+        if buffers:
+            raise TaskError(
+                "networks with buffers cannot be trained together",
+                where="Ensemble.model",
+                found=", ".join(buffers),
+                do="train them one by one: a function (subset, seed) -> model",
+            )
+        weights = {name: values.detach() for name, values in stacked.items()}
+        order = torch.stack([self._order(subset, seed) for subset, seed in given], dim=1)
+        self._descend(models[0], weights, order)
+        for i, model in enumerate(models):
+            model.load_state_dict({name: values[i] for name, values in weights.items()})
+        return models
+
+    def _fresh(self, seed: int) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self.model()
+
+    def _order(self, subset: np.ndarray, seed: int) -> Tensor:
+        """Indices of the examples of every step ``[step, batch]``, epoch after epoch."""
+        random, size = torch.Generator().manual_seed(seed), len(subset)
+        epochs = -(-self.steps * self.batch_size // size)
+        drawn = torch.cat([torch.randperm(size, generator=random) for _ in range(epochs)])
+        taken = drawn[: self.steps * self.batch_size].view(self.steps, self.batch_size)
+        return torch.from_numpy(subset)[taken]
+
+    def _descend(self, model: nn.Module, weights: dict[str, Tensor], order: Tensor) -> None:
+        """v ← βv + ∇ℓ + wd·θ ;  θ ← θ − ηv, in place, for all networks together."""
+
+        def loss(one: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+            return self.loss(functional_call(model, one, (x,)), y)
+
+        gradients = vmap(grad(loss), randomness="different")
+        rate = self.learning_rate
+        velocity = {name: torch.zeros_like(values) for name, values in weights.items()}
+        for step, rows in enumerate(order):
+            slopes = gradients(weights, self.inputs[rows], self.targets[rows])
+            for name, values in weights.items():
+                slope = slopes[name].add_(values, alpha=self.weight_decay)
+                velocity[name].mul_(self.momentum).add_(slope)
+                values.sub_(velocity[name], alpha=rate(step) if callable(rate) else rate)

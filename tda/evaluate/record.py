@@ -1,0 +1,261 @@
+"""A ground truth on disk: RUN/evaluate/NAME, one completed unit for each (subset, seed).
+
+    manifest.json           design, digests of data, queries, measurement and training function
+    masks/                  [subset, train] uint8
+    outputs/                [subset, seed, query] float32, NaN where it is not there yet
+    done/static.json        mark of the layout and the masks
+    done/SUBSET-SEED.json   mark of one retraining: its chunk of outputs is finished
+
+Chunks, checksums and marks are those of the store (``tda.store``); a missing mark is work to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tda.errors import DataError, MismatchError, StoreError
+from tda.evaluate.design import Design
+from tda.store.arrays import ArraySpec, group_document
+from tda.store.files import TRAILER, disk, map_file, seal, unseal, write_file
+from tda.store.manifest import config_hash
+from tda.store.marks import (
+    STATIC,
+    Mark,
+    damage,
+    read_mark,
+    write_chunks,
+    write_documents,
+    write_mark,
+)
+
+FOLDER = "evaluate"
+_MANIFEST = "manifest.json"
+_GROWS = ("num_subsets", "seeds")  # a design with more of these continues the one with fewer
+_MASK_ROWS = 64
+_MASK_BYTES = 16 * 2**20  # of a chunk
+_CURES = {
+    "design": "give this design another name",
+    "train": "the training set has changed: give this ground truth another name",
+    "queries": "use the same queries, or give this ground truth another name",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class GroundTruth:
+    """What retraining showed.
+
+    masks ``[subset, train]`` uint8: 1 where an example was trained on. outputs ``[subset, seed,
+    query]`` float32, higher is better for the query: the margin f, or −loss where there is none.
+    """
+
+    masks: np.ndarray
+    outputs: np.ndarray
+    path: Path | None = None
+    manifest: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        masks, outputs = np.asarray(self.masks), np.asarray(self.outputs)
+        if masks.ndim != 2 or outputs.ndim != 3 or len(masks) != len(outputs):
+            raise DataError(
+                "masks and outputs are not of one ground truth",
+                found=f"masks {list(masks.shape)}, outputs {list(outputs.shape)}",
+                wanted="masks [subset, train], outputs [subset, seed, query]",
+            )
+
+    def __repr__(self) -> str:
+        subsets, seeds, queries = self.outputs.shape
+        return f"GroundTruth({subsets} subsets × {seeds} seeds, {queries} queries)"
+
+    @property
+    def mean(self) -> np.ndarray:
+        """Outputs averaged over seeds ``[subset, query]`` float64."""
+        return np.asarray(self.outputs, np.float64).mean(1)
+
+    @staticmethod
+    def open(path: str | Path) -> GroundTruth:
+        """The ground truth in a folder. Raises StoreError if there is none or it is unfinished."""
+        manifest = _read_manifest(Path(path))
+        return Record(Path(path), manifest, Design.parse(manifest["design"])).read()
+
+
+@dataclass(frozen=True)
+class Record:
+    """The folder of a ground truth, seen through a design: subsets and seeds of that design."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+    design: Design
+
+    @staticmethod
+    def create(path: Path, design: Design, made_of: Mapping[str, Any]) -> Record:
+        """Make the folder, or find it there made of the same, and lay out what the design adds.
+
+        ``made_of``: train and queries (num_rows, digest), measurement, train_function.
+        Raises MismatchError naming the first field that differs, ConfigError for a wrong design.
+        """
+        wanted = {"format": 1, "design": design.spec(), **made_of}
+        if (path / _MANIFEST).exists():
+            stored = _read_manifest(path)
+            wanted["design"] = _continued(path, stored, wanted)
+        record = Record(path, wanted, design)
+        full = Design.parse(wanted["design"])
+        masks = full.masks(record._num_train)
+        write_file(path / _MANIFEST, seal(wanted))
+        record._lay_out(masks)
+        return record
+
+    @property
+    def _num_train(self) -> int:
+        return int(self.manifest["train"]["num_rows"])
+
+    @property
+    def num_queries(self) -> int:
+        return int(self.manifest["queries"]["num_rows"])
+
+    @cached_property
+    def _specs(self) -> dict[str, ArraySpec]:
+        """The arrays, with room for all that was ever asked for."""
+        full, n, m = Design.parse(self.manifest["design"]), self._num_train, self.num_queries
+        shape = (full.num_subsets, len(full.seeds), m)
+        axes = ("subset", "seed", "query")
+        return {
+            "masks": ArraySpec(
+                "masks", (full.num_subsets, n), (_mask_rows(n), n), "uint8", ("subset", "train")
+            ),
+            "outputs": ArraySpec("outputs", shape, (1, 1, m), "float32", axes),
+        }
+
+    @cached_property
+    def _config(self) -> str:
+        """Hash of all that determines the outputs of a unit, but the unit."""
+        fixed = {k: v for k, v in self.manifest["design"].items() if k not in _GROWS}
+        return config_hash({**self.manifest, "design": fixed})
+
+    def _lay_out(self, masks: np.ndarray) -> None:
+        documents = {spec.document_key: spec.document() for spec in self._specs.values()}
+        entries = write_documents(self.path, {"zarr.json": group_document(), **documents})
+        spec = self._specs["masks"]
+        rows = spec.chunk_rows
+        blocks = range(0, len(masks), rows)
+        chunks = [(spec.key(s // rows), spec.pack(masks[s : s + rows])) for s in blocks]
+        entries |= write_chunks(self.path, chunks)
+        mark = Mark((0, len(masks)), self._config, entries)
+        if read_mark(self.path / STATIC) != mark:
+            write_mark(self.path, STATIC, mark)
+
+    def units(self) -> list[tuple[int, int]]:
+        """(subset, position of the seed) of every retraining."""
+        return [(s, k) for s in range(self.design.num_subsets) for k in range(self._num_seeds)]
+
+    @property
+    def _num_seeds(self) -> int:
+        return len(self.design.seeds)
+
+    def missing(self, units: Iterable[tuple[int, int]] | None = None) -> list[tuple[int, int]]:
+        """The units (of these) without a mark, and those whose outputs are not what was marked."""
+        asked = self.units() if units is None else units
+        return [unit for unit in asked if not self._is_finished(*unit)]
+
+    def subset(self, subset: int) -> np.ndarray:
+        """int64 indices of the examples of a subset, ascending."""
+        return np.flatnonzero(self._masks[subset]).astype(np.int64)
+
+    @cached_property
+    def _masks(self) -> np.ndarray:
+        return self.design.masks(self._num_train)
+
+    def _is_finished(self, subset: int, seed: int) -> bool:
+        key = self._specs["outputs"].key(subset, seed)
+        mark = read_mark(self.path / _mark(subset, seed))
+        if mark is None or mark.config != self._config or key not in mark.files:
+            return False
+        return damage(self.path, key, mark.files[key]) is None
+
+    def write(self, subset: int, seed: int, outputs: np.ndarray) -> None:
+        """Keep the outputs ``[query]`` of one retraining: whole and flushed, then marked."""
+        spec = self._specs["outputs"]
+        chunk = spec.pack(np.asarray(outputs, np.float32)[None, None])
+        entries = write_chunks(self.path, [(spec.key(subset, seed), chunk)])
+        mark = Mark((subset, subset + 1), self._config, entries)
+        write_mark(self.path, _mark(subset, seed), mark)
+
+    def read(self) -> GroundTruth:
+        """Everything, checksums verified. Raises StoreError where a retraining is missing."""
+        missing = self.missing()
+        if missing:
+            raise StoreError(
+                "the ground truth is not finished",
+                where=self.path,
+                found=f"{len(missing)} of {len(self.units())} retrainings are missing",
+                do="call ground_truth, or `tda evaluate CONFIG`, again: what is finished is kept",
+            )
+        spec = self._specs["outputs"]
+        outputs = np.empty((self.design.num_subsets, self._num_seeds, self.num_queries), "f4")
+        for subset, seed in self.units():
+            path = self.path / spec.key(subset, seed)
+            with disk(path, "read"):
+                outputs[subset, seed] = spec.unpack(map_file(path)[:-TRAILER])[0, 0]
+        return GroundTruth(self._masks, outputs, self.path, self.manifest)
+
+
+def _mask_rows(num_train: int) -> int:
+    return max(1, min(_MASK_ROWS, _MASK_BYTES // num_train))
+
+
+def _mark(subset: int, seed: int) -> str:
+    return f"done/{subset}-{seed}.json"
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    file = path / _MANIFEST
+    if not file.is_file():
+        raise StoreError(
+            "there is no ground truth in this folder",
+            where=path,
+            do="make one with tda.evaluate.ground_truth or `tda evaluate CONFIG`",
+        )
+    with disk(file, "read"):
+        manifest = unseal(file.read_bytes())
+    if manifest is None:
+        raise StoreError(
+            "the manifest of this ground truth was altered",
+            where=file,
+            do="restore it from a copy, or delete the folder and retrain",
+        )
+    return manifest
+
+
+def _continued(path: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
+    """The stored design, grown to what is wanted. Raises MismatchError if it is another one."""
+    for name in {**wanted, **stored}:
+        there, here = stored.get(name), wanted.get(name)
+        if name == "design":
+            there, here = (
+                {k: v for k, v in d.items() if k not in _GROWS} for d in (stored[name], here or {})
+            )
+        if there != here:
+            raise MismatchError(
+                f"this ground truth was made with another {name}",
+                where=path,
+                found=f"{name} = {here!r}",
+                wanted=f"{name} = {there!r}, as it has it",
+                do=_CURES.get(name, f"use the {name} of this ground truth, or another name"),
+            )
+    old, new = stored["design"], wanted["design"]
+    fewer, more = sorted((old["seeds"], new["seeds"]), key=len)
+    if more[: len(fewer)] != fewer:
+        raise MismatchError(
+            "this ground truth was made with other seeds",
+            where=path,
+            found=f"seeds = {new['seeds']}",
+            wanted=f"seeds = {old['seeds']}, or more after them",
+            do=_CURES["design"],
+        )
+    count = max(old["num_subsets"], new["num_subsets"])
+    return {**old, "num_subsets": count, "seeds": more}
