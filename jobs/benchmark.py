@@ -1,7 +1,7 @@
 """How fast is the engine? Ratios to plain training and to the machine's own roof, in one run.
 
     hardware   any; figures in jobs/BENCHMARK.md say which. One thread unless --threads is given
-    time       about five minutes
+    time       about seven minutes
     makes      one entry at the top of jobs/BENCHMARK.md (earlier entries stay, failures too)
 
     python jobs/benchmark.py                    # everything, one thread
@@ -40,9 +40,10 @@ from tda.measurements import next_token_loss
 from tda.projection import Projection
 
 LOG = Path(__file__).parent / "BENCHMARK.md"
-REPEATS = 5
+REPEATS = 3
 Rows = list[tuple[str, ...]]
 DIM = 2048
+HAS_BFLOAT16 = torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")
 
 console = Console()
 
@@ -113,9 +114,9 @@ def classify(model: nn.Module, batch: Any) -> Tensor:
 
 def workloads() -> list[Workload]:
     torch.manual_seed(0)
-    tokens = {"input_ids": torch.randint(0, 1024, (64, 128))}
-    images = (torch.randn(256, 3, 32, 32), torch.randint(0, 10, (256,)))
-    vectors = (torch.randn(4096, 784), torch.randint(0, 10, (4096,)))
+    tokens = {"input_ids": torch.randint(0, 1024, (128, 128))}
+    images = (torch.randn(1024, 3, 32, 32), torch.randint(0, 10, (1024,)))
+    vectors = (torch.randn(16384, 784), torch.randint(0, 10, (16384,)))
     return [
         Workload(
             "GPT 4×256", GPT(), tokens, 16, "causal_lm", lambda m, b: next_token_loss(m, b).mean()
@@ -165,6 +166,9 @@ def featurizer() -> Rows:
         num_examples = len(work.data["input_ids"] if isinstance(work.data, dict) else work.data[0])
         plain_seconds(work)
         for name, projection, precision in paths:
+            if precision == "bfloat16" and not HAS_BFLOAT16:
+                rows.append((f"{work.name}: {name}", "not run", "no bf16 instructions", ""))
+                continue
             index_seconds(work, projection, precision)
             pairs = [
                 (index_seconds(work, projection, precision), plain_seconds(work))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tda.data import Dataset, batches, collate, read
 from tda.errors import GradientError
-from tda.gradients import Consume, Factor, Gradients, shapes_of
+from tda.gradients import Audit, Consume, Factor, Gradients, shapes_of
 from tda.gradients.rules import InseparableError
 from tda.projection import Bases, Pilot, Projection, Projector, rank_one
 from tda.store import Table
@@ -85,6 +85,11 @@ class Featurizer:
         """The task's own copy of the model; made when first needed."""
         task = self.task
         return Gradients(task.model, task.measurement, task.device, task.autocast)
+
+    @property
+    def audit(self) -> Audit | None:
+        """How the gradients are taken, once a first batch has shown it."""
+        return self.gradients.audited if "gradients" in vars(self) else None
 
     def at(self, checkpoint: int) -> None:
         """Load the weights of a checkpoint, unless they are there already."""

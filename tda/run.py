@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -79,6 +80,8 @@ def index(
     with sole_writer(path):
         run = _open_or_create(task, data, path, projection, dtype, chunk_rows)
         table = run._plan("train", examples, data)
+        if progress and run._ready().audit is not None:
+            print(run._ready().audit, file=sys.stderr)
         run._fill(table, data, batch_size, progress, "indexing")
     return run
 

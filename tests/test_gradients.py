@@ -295,3 +295,23 @@ def test_a_model_without_trainable_parameters_is_refused(index_exactly: Callable
     model = linear().requires_grad_(False)
     with pytest.raises(TdaError):
         index_exactly(classify(model), sequences())
+
+
+def test_it_is_said_how_gradients_are_taken(
+    index_exactly: Callable, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Quietly for one backward pass, as a warning for an exact and slower way."""
+    tapped, recurrent = (
+        Net(lambda net, x: net.one(x.sum(1)), one=linear()),
+        problems.problem("lstm"),
+    )
+    with caplog.at_level("INFO", logger="tda"):
+        index_exactly(classify(tapped), sequences())
+        task = tda.Task(
+            recurrent.make(), [w.state for w in recurrent.checkpoints], recurrent.measurement
+        )
+        index_exactly(task, recurrent.train)
+    (quiet, loud) = caplog.records
+    assert (quiet.levelname, loud.levelname) == ("INFO", "WARNING")
+    assert "one backward; 100% of parameters" in quiet.getMessage()
+    assert "exact vmap (lstm" in loud.getMessage()

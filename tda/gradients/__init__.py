@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -37,6 +38,8 @@ __all__ = [
     "Outer",
     "shapes_of",
 ]
+
+log = logging.getLogger(__name__)
 
 _MOST_AUDITED, _LEAST_AUDITED = 8, 3
 _AUDIT_FLOATS = 2**28  # gradients held for the audit: 1 GiB, but for the largest models
@@ -133,6 +136,8 @@ class Gradients:
         with _quiet(), self._precision():
             if self.audited is None:
                 self.audited = self._audit(batch, num_examples)
+                fell_back = self.audited.path != "tap"
+                log.log(logging.WARNING if fell_back else logging.INFO, "%s", self.audited)
             return self._run(self.audited.path, batch, num_examples, consume)
 
     @contextmanager
