@@ -1,7 +1,8 @@
 """Find wrong labels among 60,000 real images, and ask which images taught a CNN what it predicts.
 
     hardware   two CPU cores, no GPU; 2 GB of memory, 650 MB of disk
-    time       15 minutes with the data set fetched, on busy cores: the job got 1.1 of the two
+    time       15 minutes with the data set fetched, on busy cores: the job got 1.1 of the two;
+               all but the training took 6.4 minutes on one thread in a later run
     data       Fashion-MNIST, 60,000 + 10,000 images of 28 × 28 pixels: the Debian package
                dataset-fashion-mnist (31 MB, fetched once into data/), or --data FOLDER with the
                four idx .gz files. 10 % of the training labels are replaced by another, seeded.

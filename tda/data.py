@@ -68,7 +68,7 @@ class _Arrays:
     def __len__(self) -> int:
         return len(self.arrays[0])
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
+    def __getitem__(self, index: int | slice) -> tuple[torch.Tensor, ...]:
         return tuple(array[index] for array in self.arrays)
 
 
@@ -308,4 +308,7 @@ def batches(
     """(index of the first example, batch) over ``start:stop``; the last batch may be short."""
     for first in range(start, stop, batch_size):
         last = min(first + batch_size, stop)
-        yield first, collate([read(dataset, i) for i in range(first, last)], function)
+        if isinstance(dataset, _Arrays) and function is None:  # a slice is a batch already
+            yield first, dataset[first:last]
+        else:
+            yield first, collate([read(dataset, i) for i in range(first, last)], function)
