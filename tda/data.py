@@ -167,10 +167,8 @@ def _digest(content: Any, state: Any) -> None:
         state.update(repr(content).encode())
 
 
-def describe(
-    dataset: Dataset, tick: Callable[[int], None] = lambda done: None
-) -> tuple[Examples, int]:
-    """Read a data set once: ids, content digests and columns; and the bytes of one example.
+def describe(dataset: Dataset, tick: Callable[[int], None] = lambda done: None) -> Examples:
+    """Read a data set once: ids, content digests and columns.
 
     An id that is not given is the digest of the content; the second of two equal examples gets
     the suffix ``.1``, and so on. ``tick(done)`` is called after each example.
@@ -178,21 +176,19 @@ def describe(
     """
     digests = np.empty((len(dataset), _DIGEST_BYTES), np.uint8)
     extras: list[dict[str, Any]] = []
-    num_bytes = 0
     for index in range(len(dataset)):
         content, extra = split(read(dataset, index))
         state = hashlib.blake2b(digest_size=_DIGEST_BYTES)
         _digest(content, state)
         digests[index] = np.frombuffer(state.digest(), np.uint8)
         extras.append(extra)
-        num_bytes = max(num_bytes, _size(content))
         tick(index + 1)
     columns = {
         name: _column(name, [extra.get(name) for extra in extras])
         for name in ("label", "source", "group", "text", "image")
         if any(name in extra for extra in extras)
     }
-    return Examples(_ids(extras, digests), digests, columns), num_bytes
+    return Examples(_ids(extras, digests), digests, columns)
 
 
 def read(dataset: Dataset, index: int) -> Any:
@@ -207,14 +203,6 @@ def read(dataset: Dataset, index: int) -> Any:
             found=f"{type(error).__name__}: {error}",
             do="mend the data set; what was finished before is kept and the same call resumes",
         ) from error
-
-
-def _size(content: Any) -> int:
-    if isinstance(content, torch.Tensor):
-        return content.nbytes
-    if isinstance(content, Mapping):
-        return sum(map(_size, content.values()))
-    return sum(map(_size, content)) if isinstance(content, tuple | list) else 0
 
 
 def _ids(extras: list[dict[str, Any]], digests: np.ndarray) -> np.ndarray:

@@ -76,7 +76,7 @@ def index(
         )
     path, data = Path(path), as_dataset(dataset)
     with progress_bar("reading the data", len(data), progress) as tick:
-        examples, _ = describe(data, lambda done: tick(1))
+        examples = describe(data, lambda done: tick(1))
     with sole_writer(path):
         run = _open_or_create(task, data, path, projection, dtype, chunk_rows)
         table = run._plan("train", examples, data)
@@ -221,7 +221,7 @@ class Run:
         """Featurize and store a query set; returns its name (by default made of its content)."""
         data = as_dataset(dataset)
         with progress_bar("reading the queries", len(data), progress) as tick:
-            examples, _ = describe(data, lambda done: tick(1))
+            examples = describe(data, lambda done: tick(1))
         name = name or f"q-{examples.digest()[:16]}"
         with sole_writer(self.path):
             table = self._plan(f"queries/{name}", examples, data)

@@ -68,7 +68,7 @@ def ground_truth(
     """
     design = design or Design()
     data = as_dataset(queries)
-    examples, _ = describe(data)
+    examples = describe(data)
     measurement = run.store.manifest["measurement"]
     made_of = {
         "train": run.store.manifest["data"]["train"],
