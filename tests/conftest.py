@@ -13,6 +13,7 @@ import naive
 import numpy as np
 import problems
 import pytest
+import stored
 import torch
 
 import tda
@@ -68,6 +69,14 @@ def _no_flushing() -> Iterator[None]:
     patch.setattr(os, "fsync", lambda descriptor: None)
     yield
     patch.undo()
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with a query set; copied by those who damage or grow it."""
+    store = stored.build(tmp_path_factory.mktemp("sound") / "run")
+    stored.fill(store.plan("queries/q", stored.examples(3), stored.H))
+    return store.path
 
 
 @pytest.fixture(scope="session")

@@ -5,13 +5,11 @@ from __future__ import annotations
 import copy
 import os
 import random
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 from tda.data import Examples
 from tda.store import Store, Table
@@ -45,14 +43,6 @@ ODD_IDS = [
     "\n",
     "-rf",
 ]
-
-
-@contextmanager
-def no_flush() -> Iterator[None]:
-    """What reaches the disk is tested by its order; waiting for the disk proves nothing here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda handle: None)
-        yield
 
 
 def examples(n: int = N) -> Examples:

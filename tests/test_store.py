@@ -29,7 +29,6 @@ from stored import (
     contents,
     examples,
     fill,
-    no_flush,
     values,
 )
 
@@ -40,12 +39,6 @@ from tda.store.arrays import COLUMNS
 from tda.store.encoding import decode_rows, encode_rows
 
 FLOATS = st.floats(-(2.0**127), 2.0**127, width=32)
-
-
-@pytest.fixture(autouse=True)
-def _no_flush():
-    with no_flush():
-        yield
 
 
 # ---- what goes in comes out

@@ -23,29 +23,12 @@ from stored import (
     examples,
     fill,
     flip,
-    no_flush,
     read_everything,
     truncate,
 )
 
 from tda.errors import StoreError
 from tda.store import Store, files
-
-
-@pytest.fixture(autouse=True)
-def _no_flush():
-    with no_flush():
-        yield
-
-
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory) -> Path:
-    """A finished run with a query set; copied by those who damage it."""
-    with no_flush():
-        store = build(tmp_path_factory.mktemp("sound") / "run")
-        fill(store.plan("queries/q", examples(3), H))
-    return store.path
-
 
 KINDS = [
     "manifest.json",

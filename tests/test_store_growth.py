@@ -23,7 +23,6 @@ from stored import (
     contents,
     examples,
     fill,
-    no_flush,
     values,
 )
 
@@ -32,26 +31,10 @@ from tda.errors import DataError, GradientError, MismatchError, StoreError
 from tda.store import Store, Table, files
 
 
-@pytest.fixture(autouse=True)
-def _no_flush():
-    with no_flush():
-        yield
-
-
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory) -> Path:
-    """A finished run with a query set; copied by those who damage it."""
-    with no_flush():
-        store = build(tmp_path_factory.mktemp("sound") / "run")
-        fill(store.plan("queries/q", examples(3), H))
-    return store.path
-
-
 @pytest.fixture(scope="module")
 def longer(tmp_path_factory) -> Path:
     """The same run made at once with three more examples."""
-    with no_flush():
-        return build(tmp_path_factory.mktemp("longer") / "run", n=13).path
+    return build(tmp_path_factory.mktemp("longer") / "run", n=13).path
 
 
 @pytest.fixture(scope="module")
