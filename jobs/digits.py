@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from safetensors.torch import save_file
@@ -39,6 +40,7 @@ PATH = "stores/demo"
 EPOCHS = 30
 KEPT = (3, 10, 30)  # epochs after which a checkpoint is kept: early, middle, finished
 BATCH = 64
+MOMENTUM = 0.9
 CHUNK_ROWS = 240  # six chunks hold 1,437 rows with little to spare: a small run stays small
 NAMES = [str(digit) for digit in range(10)]
 
@@ -63,6 +65,19 @@ def test_set(num_test: int = 360) -> dict[str, Any]:
     return {name: values[:num_test] for name, values in _split()[1].items()}
 
 
+def example(label: int, image: np.ndarray) -> dict[str, Any]:
+    """An uploaded picture as one of the test set: 8 × 8 pixels, bright on dark (`tda serve`)."""
+    picture = Image.fromarray(image).convert("L").resize((8, 8), Image.Resampling.BOX)
+    pixels = np.asarray(picture)
+    if pixels.mean() > 128:  # ink on paper
+        pixels = 255 - pixels
+    return {
+        "input": torch.tensor(pixels.reshape(-1) / 255, dtype=torch.float32),
+        "target": torch.tensor(label),
+        "image": pixels,
+    }
+
+
 def task(run_path: str = PATH) -> tda.Task:
     """The network with its checkpoints, trained first if ``run_path`` has none yet."""
     folder = Path(run_path) / "checkpoints"
@@ -70,10 +85,7 @@ def task(run_path: str = PATH) -> tda.Task:
     if not index.exists():
         _train(folder)
     kept = json.loads(index.read_text())
-    checkpoints = [
-        tda.Checkpoint(folder / k["file"], step=k["step"], learning_rate=k["learning_rate"])
-        for k in kept
-    ]
+    checkpoints = [tda.Checkpoint(folder / k.pop("file"), **k) for k in kept]
     return tda.Task(network(), checkpoints=checkpoints, measurement="cross_entropy")
 
 
@@ -118,7 +130,7 @@ def _epochs(model: nn.Module, subset: np.ndarray, seed: int) -> Iterator[int]:
     data = train_set()
     inputs, targets = data["input"][subset], data["target"][subset]
     order = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate(0), momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate(0), momentum=MOMENTUM)
     step = 0
     for epoch in range(EPOCHS):
         optimizer.param_groups[0]["lr"] = learning_rate(epoch)
@@ -139,11 +151,17 @@ def _train(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     kept = []
     steps = track(_epochs(model, every, seed=0), "training", total=EPOCHS, console=console)
+    done, rate_sum = 0, 0.0
     for epoch, step in enumerate(steps):
+        rate_sum += (step - done) * learning_rate(epoch)
+        done = step
         if epoch + 1 in KEPT:
             file = f"step-{step:05}.safetensors"
             save_file(model.state_dict(), folder / file)
-            kept.append({"file": file, "step": step, "learning_rate": learning_rate(epoch)})
+            known = {"learning_rate_sum": round(rate_sum, 6), "momentum": MOMENTUM}
+            kept.append(
+                {"file": file, "step": step, "learning_rate": learning_rate(epoch), **known}
+            )
     (folder / "index.json").write_text(json.dumps(kept, indent=1) + "\n")
     with torch.no_grad():
         held_out = test_set()

@@ -16,11 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tda.data import Dataset, batches, collate, read
+from tda.data import Batch, Dataset, batches, collate, read
 from tda.errors import GradientError
-from tda.gradients import Audit, Consume, Factor, Gradients, shapes_of
+from tda.gradients import Audit, Consume, Dense, Factor, Gradients, shapes_of
 from tda.gradients.rules import InseparableError
+from tda.measurements import Link
+from tda.metric import Transform, Update, as_matrices, scaling
+from tda.optimizer import Moments
 from tda.projection import Bases, Pilot, Projection, Projector, rank_one
+from tda.projection.tiles import square_norm
 from tda.store import Table
 from tda.task import Task
 
@@ -78,6 +82,8 @@ class Featurizer:
         self.task = task
         self.projector: Projector | None = None
         self._checkpoint: int | None = None
+        self._scaling: Transform | None = None  # of every gradient, in the task's metric
+        self._moments: dict[str, Moments] = {}  # what `Update` needs of the loaded checkpoint
         self._probe: Probe | None = None
 
     @cached_property
@@ -95,7 +101,18 @@ class Featurizer:
         """Load the weights of a checkpoint, unless they are there already."""
         if self._checkpoint != checkpoint:
             self.gradients.load(self.task.checkpoints[checkpoint].load())
+            if self.task.metric != "euclidean":
+                self._load_moments(checkpoint)
             self._checkpoint = checkpoint
+
+    def _load_moments(self, checkpoint: int) -> None:
+        metric, state = self.task.metric, self.task.optimizer_state(checkpoint)
+        assert state is not None, "a Task checks this"
+        shapes, device = shapes_of(self.task.model), self.gradients.device
+        if metric == "adam_update":
+            self._moments = as_matrices(state.moments, shapes, device)
+        else:
+            self._scaling = scaling(metric, state.moments, shapes, device)
 
     def probe(self, dataset: Dataset) -> Probe:
         """Audit the gradients on a few examples at the last checkpoint; once is enough."""
@@ -104,7 +121,8 @@ class Featurizer:
         names: list[str] = []
 
         def consume(name: str, factors: list[Factor]) -> None:
-            if rank_one(factors) is not None:
+            # Gradients that a metric has scaled are outer products no more.
+            if self.task.metric == "euclidean" and rank_one(factors) is not None:
                 names.append(name)
 
         _, hidden = self._sample(dataset, self.gradients.num_audited, consume)
@@ -115,8 +133,25 @@ class Featurizer:
         """Gradient moments of a few examples at the last checkpoint."""
         pilot = Pilot()
         self.probe(dataset)
-        self._sample(dataset, _PILOT_EXAMPLES, pilot.add)
+
+        def consume(name: str, factors: list[Factor]) -> None:
+            pilot.add(name, self._scaling(name, factors) if self._scaling else factors)
+
+        self._sample(dataset, _PILOT_EXAMPLES, consume)
         return pilot
+
+    def fit(
+        self, projection: Projection, dataset: Dataset, batch_size: int, progress: bool
+    ) -> Bases:
+        """The bases a projection takes from some of the data, at the last checkpoint."""
+        from tda import kfac
+
+        if projection.kind != "eigenbasis":
+            return projection.fit(self.pilot(dataset), shapes_of(self.task.model))
+        count = min(projection.num_fit, len(dataset))
+        with progress_bar("fitting the eigenbasis", 2 * count, progress) as tick:
+            fitted = kfac.fit(self.task, dataset, -1, count, projection.seed, batch_size, tick)
+        return projection.select(fitted.blocks)
 
     def _sample(self, dataset: Dataset, count: int, consume: Consume) -> tuple[Tensor, Any]:
         """Gradients of examples spread evenly over the data."""
@@ -131,19 +166,29 @@ class Featurizer:
         self.projector = projection.bind(shapes_of(self.task.model), bases)
         return self.projector
 
-    def __call__(self, batch: Any, num_examples: int) -> Features:
-        """Features of one batch at the loaded checkpoint."""
+    def __call__(self, batch: Any, num_examples: int, train: bool = False) -> Features:
+        """Features of one batch at the loaded checkpoint.
+
+        In the metric "adam_update" examples of ``train`` have the row −Γ and, so that −∇ℓ of other
+        rows and Γ's negative are formed alike, slope −1 (and curvature 1).
+        """
         projector = self.projector
         assert projector is not None, "bind a projection first"
+        transform = self._update(batch) if train and self._moments else self._scaling
         buffer = projector.zeros(num_examples).to(self.task.device)
         square = torch.zeros(num_examples, device=self.task.device)
+        visited = set()
 
         def consume(name: str, factors: list[Factor]) -> None:
-            square.add_(projector.add(buffer, name, factors))
+            if transform is None:
+                square.add_(projector.add(buffer, name, factors))
+                return
+            visited.add(name)
+            projector.add(buffer, name, transform(name, factors))
+            square.add_(square_norm(factors))
 
         output, hidden = self.gradients(batch, num_examples, consume)
-        with torch.no_grad():
-            link = self.task.measurement.link(output.float().cpu(), batch)
+        link = self._link(output, batch)
         columns = {
             "loss": link.loss,
             "p": link.p,
@@ -151,18 +196,40 @@ class Featurizer:
             "curvature": link.curvature,
             "grad_norm": square.sqrt(),
         }
+        if isinstance(transform, Update):
+            # Adam moves on by its mean where the gradient is zero, whoever else is in the batch.
+            for name, shape in shapes_of(self.task.model).items():
+                if name not in visited:
+                    consume(name, [Dense(square.new_zeros(()).expand(num_examples, *shape))])
+            one = torch.ones(num_examples)
+            columns |= {"slope": -one, "curvature": one}
         return Features(
             projector.rows(buffer).cpu(),
             {name: values.detach().float().cpu() for name, values in columns.items()},
             torch.empty(num_examples, 0) if hidden is None else hidden.cpu(),
         )
 
+    def _link(self, output: Tensor, batch: Any) -> Link:
+        with torch.no_grad():
+            return self.task.measurement.link(output.float().cpu(), batch)
+
+    def _update(self, batch: Any) -> Update:
+        """Γ is not linear in the gradient of the loss: ℓ'(f) must be known before the backward."""
+        slope = self._link(self.gradients.output(batch), batch).slope
+        return Update(self._moments, slope.float().to(self.gradients.device))
+
 
 def fill(
-    featurizer: Featurizer, table: Table, dataset: Dataset, batch_size: int, tick: Tick
+    featurizer: Featurizer,
+    table: Table,
+    dataset: Dataset,
+    batch_size: int,
+    tick: Tick,
+    compute: Callable[[Batch, int, int], Features] | None = None,
 ) -> None:
     """Compute and write every missing chunk of a table. ``tick(examples)`` a batch.
 
+    compute: ``(batch, first, last) -> Features`` of rows first:last, if not plainly the featurizer.
     Batches start at a chunk's first row, so a chunk's bytes do not depend on what was done before.
     Raises GradientError naming the example whose loss or gradient is not finite.
     """
@@ -173,7 +240,10 @@ def fill(
         for first, batch in batches(dataset, start, stop, batch_size, featurizer.task.collate):
             last = min(first + batch_size, stop)
             try:
-                features = featurizer(batch, last - first)
+                if compute is None:
+                    features = featurizer(batch, last - first, train=table.name == "train")
+                else:
+                    features = compute(batch, first, last)
             except InseparableError as error:
                 raise GradientError(
                     "a batch cannot be separated by example, though the first one could",
@@ -192,6 +262,8 @@ def fill(
 
 def _check_finite(features: Features, table: Table, first: int, checkpoint: int) -> None:
     loss, norm = features.columns["loss"], features.columns["grad_norm"]
+    if torch.isfinite(loss.sum() + norm.sum() + features.rows.sum()):
+        return  # a sum over anything that is not finite is not finite
     bad = ~(torch.isfinite(loss) & torch.isfinite(norm) & torch.isfinite(features.rows).all(1))
     if not bad.any():
         return

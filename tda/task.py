@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,51 +16,101 @@ from torch import Tensor, nn
 from tda.data import Collate
 from tda.errors import TaskError
 from tda.measurements import as_measurement
+from tda.optimizer import OptimizerState, read_state
 
 Weights = Mapping[str, Tensor]
+METRICS = ("euclidean", "adam", "second_moment", "adam_update")
 _PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Weights at one moment of training.
+    """Weights at one moment of training, and what is known of how they came about.
 
     weights: a state dict, or the path of a ``.pt``/``.pth`` (loaded with ``weights_only=True``) or
-    ``.safetensors`` file; a dict in the file may hold them under ``model`` or ``state_dict``.
+    ``.safetensors`` file; a dict in the file may hold them under ``model``, ``state_dict`` or
+    ``model_state_dict``.
     step, learning_rate: of training at that moment; TracIn needs the learning rate.
+    optimizer: ``optimizer.state_dict()`` of torch's SGD, Adam or AdamW, or a file that holds one,
+    as it is or under ``optimizer`` or ``optimizer_state_dict``. What it tells is taken from it
+    where it is not given here. Groups with several learning rates need ``learning_rate``; their
+    weight decay counts by its mean over the trained numbers.
+    learning_rate_sum: Σ_t η_t of all steps so far. Without it a checkpoint's learning rate is taken
+    for that of all steps since the checkpoint before.
+    momentum: β of SGD (0.0: none); weight_decay: the coefficient. With Σ_t η_t these give the
+    automatic damping (`tda.schedule.implied_damping`).
+
+    Raises TaskError for a number out of its range.
     """
 
     weights: Weights | str | Path
     step: int | None = None
     learning_rate: float | None = None
     name: str | None = None
+    optimizer: Mapping[str, Any] | str | Path | None = None
+    learning_rate_sum: float | None = None
+    momentum: float | None = None
+    weight_decay: float | None = None
+
+    def __post_init__(self) -> None:
+        for field in ("learning_rate_sum", "momentum", "weight_decay"):
+            value = getattr(self, field)
+            below = 1.0 if field == "momentum" else math.inf
+            if value is not None and not 0 <= value < below:  # NaN compares false
+                raise TaskError(
+                    f"{field} of a checkpoint is out of its range",
+                    where=self.name,
+                    found=value,
+                    wanted="0 ≤ momentum < 1" if field == "momentum" else "a finite number ≥ 0",
+                )
 
     def load(self) -> Weights:
         """The state dict. Raises TaskError naming the file if it cannot be had."""
         if isinstance(self.weights, Mapping):
             return self.weights
-        path = Path(self.weights)
-        if not path.is_file():
-            raise TaskError(
-                "a checkpoint is missing", where=path, do="check the path, or train the model first"
-            )
-        try:
-            loaded = _read(path)
-        except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-            raise TaskError(
-                "a checkpoint cannot be read",
-                where=path,
-                found=(str(error).splitlines() or [type(error).__name__])[0],
-                wanted="a state dict of tensors (files that carry code are not loaded)",
-                do="save it with torch.save(model.state_dict(), path) or as safetensors",
-            ) from error
-        for key in ("model", "state_dict"):
-            if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
-                loaded = loaded[key]
-        return loaded
+        do = "save it with torch.save(model.state_dict(), path) or as safetensors"
+        loaded = _read(Path(self.weights), "a checkpoint", do)
+        return _under(loaded, "model", "state_dict", "model_state_dict")
+
+    def load_optimizer(self) -> Any:
+        """The optimizer's state dict, None without one. Raises TaskError naming the file."""
+        if self.optimizer is None:
+            return None
+        if isinstance(self.optimizer, Mapping):
+            loaded: Any = self.optimizer
+        else:
+            do = "save it with torch.save(optimizer.state_dict(), path)"
+            loaded = _read(Path(self.optimizer), "an optimizer's state", do)
+        return _under(loaded, "optimizer", "optimizer_state_dict")
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path, what: str, do: str) -> Any:
+    """The content of a file of tensors. Raises TaskError."""
+    if not path.is_file():
+        raise TaskError(
+            f"{what} is missing", where=path, do="check the path, or train the model first"
+        )
+    try:
+        return _load(path)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise TaskError(
+            f"{what} cannot be read",
+            where=path,
+            found=(str(error).splitlines() or [type(error).__name__])[0],
+            wanted="a state dict of tensors (files that carry code are not loaded)",
+            do=do,
+        ) from error
+
+
+def _under(loaded: Any, *keys: str) -> Any:
+    """What a dict holds under one of the keys, or itself."""
+    for key in keys:
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
+            loaded = loaded[key]
+    return loaded
+
+
+def _load(path: Path) -> Any:
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
@@ -102,6 +153,14 @@ class Task:
     ``(model, batch) -> loss [example]``.
     collate: from a list of examples to a batch, for data that cannot be stacked as it is.
     precision: "float32" (the model's own) or "bfloat16" (autocast) for the forward and backward.
+    metric: what becomes of gradients before they are projected, by the moments m, v that Adam has
+    at each checkpoint (each needs its ``optimizer``); ⊘ divides coordinate by coordinate.
+
+        "euclidean"      ∇f
+        "adam"           ∇f ⊘ √(√v̂ + ε), so that inner products are those of Adam's steps
+        "second_moment"  ∇f ⊘ (√v̂ + ε), V^{−½}∇f (Chang et al. 2025, TrackStar)
+        "adam_update"    training examples: −Γ, the step Adam would take on the example alone,
+                         over its learning rate; queries: ∇f (Xia et al. 2024, LESS)
 
     Raises TaskError.
     """
@@ -115,6 +174,7 @@ class Task:
         collate: Collate | None = None,
         device: str = "cpu",
         precision: str = "float32",
+        metric: str = "euclidean",
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TaskError(
@@ -133,8 +193,13 @@ class Task:
         self.collate = collate
         self.device = device
         self.precision = precision
+        self.metric = metric
         if not self.checkpoints:
             raise TaskError("a task needs at least one checkpoint", found="an empty list")
+        if metric not in METRICS:
+            raise TaskError(f"unknown metric {metric!r}", wanted=", ".join(METRICS))
+        if metric != "euclidean":
+            self._require_optimizers()
 
     @property
     def autocast(self) -> torch.dtype | None:
@@ -147,6 +212,7 @@ class Task:
             name: list(p.shape) for name, p in self.model.named_parameters() if p.requires_grad
         }
         return {
+            **({} if self.metric == "euclidean" else {"metric": self.metric}),
             "model": {
                 "class": type(self.model).__name__,
                 "num_parameters": sum(
@@ -155,9 +221,7 @@ class Task:
                 "parameters": parameters,
                 "precision": self.precision,
             },
-            "checkpoints": [
-                checkpoint_manifest(c, index) for index, c in enumerate(self.checkpoints)
-            ],
+            "checkpoints": [self._record(index) for index in range(len(self.checkpoints))],
             "measurement": {
                 "name": self.measurement.name,
                 "digest": self.measurement.digest,
@@ -165,12 +229,51 @@ class Task:
             },
         }
 
+    def optimizer_state(self, index: int) -> OptimizerState | None:
+        """What the optimizer of a checkpoint tells; None without one. Raises TaskError."""
+        given = self.checkpoints[index].load_optimizer()
+        if given is None:
+            return None
+        state = read_state(given, self.model, self._where(index))
+        if self.metric != "euclidean":
+            state.require_moments(self.model, self._where(index))
+        return state
 
-def checkpoint_manifest(checkpoint: Checkpoint, index: int) -> dict[str, Any]:
-    """name, step, learning rate and content hash of a checkpoint."""
-    return {
-        "name": checkpoint.name or f"checkpoint-{index}",
-        "step": checkpoint.step,
-        "learning_rate": checkpoint.learning_rate,
-        "digest": digest_of(checkpoint.load()),
-    }
+    def _where(self, index: int) -> str:
+        name = self.checkpoints[index].name
+        return f"checkpoint {index}" + (f" ({name})" if name else "")
+
+    def _require_optimizers(self) -> None:
+        for index, checkpoint in enumerate(self.checkpoints):
+            if checkpoint.optimizer is None:
+                raise TaskError(
+                    f"metric {self.metric!r} needs the optimizer's state of every checkpoint",
+                    where=self._where(index),
+                    found="no optimizer",
+                    do="give tda.Checkpoint(weights, optimizer=…), saved with "
+                    "torch.save(optimizer.state_dict(), path); or leave metric='euclidean'",
+                )
+
+    def _record(self, index: int) -> dict[str, Any]:
+        """A checkpoint in the manifest: name, content hash, and what is known of its training."""
+        checkpoint, state = self.checkpoints[index], self.optimizer_state(index)
+        known: dict[str, Any] = {
+            "learning_rate_sum": checkpoint.learning_rate_sum,
+            "momentum": checkpoint.momentum,
+            "weight_decay": checkpoint.weight_decay,
+        }
+        step, learning_rate = checkpoint.step, checkpoint.learning_rate
+        if state is not None:
+            step = state.step if step is None else step
+            if learning_rate is None:
+                learning_rate = state.learning_rate(self._where(index))
+            for name in ("momentum", "weight_decay"):
+                known[name] = getattr(state, name) if known[name] is None else known[name]
+            known |= {"optimizer": state.kind, "optimizer_digest": digest_of(state.contents)}
+        return {
+            "name": checkpoint.name or f"checkpoint-{index}",
+            "step": step,
+            "learning_rate": learning_rate,
+            "digest": digest_of(checkpoint.load()),
+            **{name: value for name, value in known.items() if value is not None},
+        }

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from tda.errors import GradientError, TaskError
 from tda.gradients import exact
-from tda.gradients.factors import Dense, Factor, Lookup, Outer, materialise
+from tda.gradients.factors import Dense, Elementwise, Factor, Lookup, Outer, materialise
 from tda.gradients.rules import InseparableError, matrix_shape
 from tda.gradients.tap import Consume, ModifiedError, factors_of
 from tda.measurements import Measurement
@@ -32,6 +32,7 @@ __all__ = [
     "Audit",
     "Consume",
     "Dense",
+    "Elementwise",
     "Factor",
     "Gradients",
     "Lookup",
@@ -139,6 +140,15 @@ class Gradients:
                 fell_back = self.audited.path != "tap"
                 log.log(logging.WARNING if fell_back else logging.INFO, "%s", self.audited)
             return self._run(self.audited.path, batch, num_examples, consume)
+
+    def output(self, batch: Any) -> Tensor:
+        """f ``[example]`` alone, by a forward pass without gradients."""
+        return self.apply(self._measure, batch)
+
+    def apply(self, function: Callable[..., Any], batch: Any, *others: Any) -> Any:
+        """``function(model, batch, *others)``, without gradients."""
+        with torch.no_grad(), _quiet(), self._precision():
+            return function(self.model, _to(batch, self.device), *others)
 
     @contextmanager
     def _precision(self) -> Iterator[None]:

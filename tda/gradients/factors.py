@@ -5,12 +5,14 @@ A parameter of shape ``[O, …]`` is the matrix ``[O, I]``. Its gradient G at on
     Outer    G = Σ_t left_t ⊗ right_t       weights of linear layers and convolutions
     Lookup   G = Σ_t onehot(index_t) ⊗ value_t        embeddings
     Dense    G                              everything else
+    Elementwise  u(Σ of these), coordinate by coordinate      a metric's scaling
 
 and is never stored whole: ``rows`` gives a slice of it, ``compress`` gives L·G·Rᵀ.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -51,8 +53,8 @@ class Outer:
         left = torch.einsum(
             "mgo,btgo->btgm", left_basis.reshape(-1, num_groups, size), self.left.float()
         )
-        right = self.right.float() @ right_basis.T
-        return torch.bmm(left.flatten(1, 2).mT, right.flatten(1, 2))
+        right = self.right.flatten(1, 2).float() @ right_basis.T
+        return torch.bmm(left.flatten(1, 2).mT, right)
 
     def square_norm(self) -> Tensor | None:
         """‖G‖² ``[example]`` = Σ_ts ⟨left_t, left_s⟩⟨right_t, right_s⟩, where that is cheaper."""
@@ -60,6 +62,10 @@ class Outer:
         width = self.right.shape[3]
         if num_groups > 1 or num_positions**2 * (size + width) > size * width:
             return None
+        return self.gram_square_norm()
+
+    def gram_square_norm(self) -> Tensor:
+        """The same of one group, whatever it costs."""
         left, right = self.left[:, :, 0].float(), self.right[:, :, 0].float()
         return (torch.bmm(left, left.mT) * torch.bmm(right, right.mT)).sum((1, 2))
 
@@ -121,13 +127,42 @@ class Dense:
         return self.grad[:, start:stop].float()
 
     def compress(self, left_basis: Tensor, right_basis: Tensor) -> Tensor:
-        return left_basis @ self.grad.float() @ right_basis.T
+        # One large product a side: broadcasting ``@`` would make one an example.
+        return torch.einsum("boi,mo,ri->bmr", self.grad.float(), left_basis, right_basis)
 
     def square_norm(self) -> Tensor | None:
         return self.grad.float().square().sum((1, 2))
 
 
-Factor = Outer | Lookup | Dense
+@dataclass(frozen=True)
+class Elementwise:
+    """function(G, start, stop) of rows start … stop-1 of the sum G of ``factors``, same shape."""
+
+    factors: list[Factor]
+    function: Callable[[Tensor, int, int], Tensor]
+
+    @property
+    def num_examples(self) -> int:
+        return self.factors[0].num_examples
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.factors[0].shape
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        whole = self.factors[0].rows(start, stop)
+        for factor in self.factors[1:]:
+            whole = whole + factor.rows(start, stop)
+        return self.function(whole, start, stop)
+
+    def compress(self, left_basis: Tensor, right_basis: Tensor) -> Tensor:
+        return left_basis @ self.rows(0, self.shape[0]) @ right_basis.T
+
+    def square_norm(self) -> Tensor | None:
+        return None
+
+
+Factor = Outer | Lookup | Dense | Elementwise
 
 
 def materialise(factors: list[Factor]) -> Tensor:

@@ -184,14 +184,15 @@ def convolution(call: Call, grad: Tensor) -> Iterator[tuple[Any, Factor]]:
         raise InseparableError("a convolution without a batch axis")
     left = call.positions(grad.movedim(1, -1))
     patches = _patches(x, weight.shape[2:], stride or 1, padding or 0, dilation or 1)
-    # [N, *out, C, *kernel] -> [example, position, group, (C/groups)·kernel]
-    right = patches.reshape(call.num_examples, left.shape[1], groups, -1)
+    # [N, C, *kernel, *out] -> [example, position, group, (C/groups)·kernel], a view: positions stay
+    # next to each other, so that whole lines of the input are copied.
+    right = patches.reshape(call.num_examples, groups, -1, left.shape[1]).permute(0, 3, 1, 2)
     yield weight, Outer(left.unflatten(2, (groups, -1)), right)
     yield bias, _vector(left)
 
 
 def _patches(x: Tensor, kernel, stride, padding, dilation) -> Tensor:
-    """``[N, *out, C, *kernel]`` from ``[N, C, *size]``: what each output position sees."""
+    """``[N, C, *kernel, *out]`` from ``[N, C, *size]``: what each output position sees."""
     dims = len(kernel)
     stride, dilation = _each(stride, dims), _each(dilation, dims)
     spans = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
@@ -204,7 +205,7 @@ def _patches(x: Tensor, kernel, stride, padding, dilation) -> Tensor:
     x = F.pad(x, [side for pad in reversed(pads) for side in pad])
     for axis in range(dims):
         x = x.unfold(2 + axis, spans[axis] + 1, stride[axis])[..., :: dilation[axis]]
-    return x.movedim(1, 1 + dims)
+    return x.permute(0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims))
 
 
 def _each(value: Any, dims: int) -> tuple[int, ...]:

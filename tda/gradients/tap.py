@@ -98,7 +98,7 @@ class Tap(TorchFunctionMode):
         self.num_examples = num_examples
         self.consume = consume
         self.copied = copied
-        self.hidden: Tensor | None = None  # [example, feature]: input of the last linear layer
+        self._last_linear: tuple[Call, Tensor] | None = None  # and its input
         self._derived = {id(p): Derived((n,), lambda p: p) for n, p in parameters.items()}
         self._keep: list[Tensor] = []  # ids above stay valid while the tensors live
         self._root = torch.zeros((), requires_grad=True)
@@ -230,11 +230,15 @@ class Tap(TorchFunctionMode):
             pending.factors = []
 
     def _keep_hidden(self, rule: Any, call: Call) -> None:
-        if rule.__name__ not in ("linear", "addmm", "matmul"):
-            return
-        x = call.args[1] if rule.__name__ == "addmm" else call.args[0]
-        with torch.no_grad(), torch._C.DisableTorchFunction():
-            self.hidden = call.positions(x).float().mean(1)
+        if rule.__name__ in ("linear", "addmm", "matmul"):
+            self._last_linear = call, call.args[1 if rule.__name__ == "addmm" else 0]
+
+    def hidden(self) -> Tensor | None:
+        """``[example, feature]``: the input of the last linear layer, averaged over positions."""
+        if self._last_linear is None:
+            return None
+        call, x = self._last_linear
+        return call.positions(x).float().mean(1)
 
 
 def _pull_back(
@@ -314,4 +318,4 @@ def factors_of(
     with torch.enable_grad(), tap:
         output = measure(model, batch)
     tap.backward(output)
-    return output.detach(), tap.hidden
+    return output.detach(), tap.hidden()

@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tda.gradients import Factor, Outer
 from tda.projection.tiles import (
     Shapes,
     Tile,
+    few_examples,
     known_square_norm,
     random_integers,
     random_permutation,
     random_signs,
+    row_square_norm,
     square_norm,
     tiles,
     total,
 )
 
+_SPAN_FLOATS = 2**18  # numbers transformed at a time: 1 MiB
 
-def _each_tile(factors: list[Factor], buffer: Tensor, use: Callable[[Tile], None]) -> Tensor:
-    """Hand every tile of a gradient to ``use``; returns ‖G‖² ``[example]``."""
+
+def _each_tile(
+    factors: list[Factor], buffer: Tensor, use: Callable[[Tensor, Tile], None]
+) -> Tensor:
+    """Hand every tile of a gradient, and its examples' buffer, to ``use``; ‖G‖² ``[example]``."""
     known = known_square_norm(factors)
     square = torch.zeros(len(buffer), device=buffer.device)
-    for tile in tiles(factors):
-        use(tile)
-        if known is None:
-            square += tile.values.square().sum(1)
+    for span, some in few_examples(factors):
+        for tile in tiles(some):
+            use(buffer[span], tile)
+            if known is None:
+                square[span] += row_square_norm(tile.values)
     return square if known is None else known
 
 
@@ -52,7 +57,7 @@ class Identity:
         return torch.zeros(num_examples, self.dim)
 
     def add(self, buffer: Tensor, name: str, factors: list[Factor]) -> Tensor:
-        def use(tile: Tile) -> None:
+        def use(buffer: Tensor, tile: Tile) -> None:
             first = self.offsets[name] + tile.start
             buffer[:, first : first + tile.values.shape[1]] += tile.values
 
@@ -78,7 +83,7 @@ class Rademacher:
         return torch.zeros(num_examples, self.dim)
 
     def add(self, buffer: Tensor, name: str, factors: list[Factor]) -> Tensor:
-        def use(tile: Tile) -> None:
+        def use(buffer: Tensor, tile: Tile) -> None:
             signs = self.signs[name][tile.start : tile.start + tile.values.shape[1]]
             buffer.addmm_(tile.values, signs.to(buffer))
 
@@ -115,30 +120,40 @@ class CountSketch:
     def add(self, buffer: Tensor, name: str, factors: list[Factor]) -> Tensor:
         sketch = self.outer.get(name)
         if sketch is None:
-            return _each_tile(factors, buffer, partial(self.add_tile, buffer, name))
+            return _each_tile(factors, buffer, lambda some, tile: self.add_tile(some, name, tile))
         outer = rank_one(factors)
         if outer is not None:
-            self._frequencies(buffer).add_(sketch.spectrum(outer))
+            frequencies = self._frequencies(buffer)
+            for span in self._spans(buffer):
+                some = Outer(outer.left[span], outer.right[span])
+                frequencies[span] += sketch.spectrum(some)
             return square_norm(factors)
-        return _each_tile(factors, buffer, partial(sketch.add_tile, buffer))
+        return _each_tile(factors, buffer, sketch.add_tile)
 
     def add_tile(self, buffer: Tensor, name: str, tile: Tile) -> None:
         size = tile.values.shape[1]
         signs = self.signs[name][tile.start : tile.start + size].to(buffer)
-        done = 0
-        while done < size:
-            run, inside = divmod(tile.start + done, self.dim)
-            length = min(self.dim - inside, size - done)
-            first = self.shifts[name][run] + inside
-            part = slice(done, done + length)
-            buffer[:, first : first + length].addcmul_(tile.values[:, part], signs[part])
-            done += length
+        run, inside = divmod(tile.start, self.dim)
+        head = min(self.dim - inside, size)
+        whole, rest = divmod(size - head, self.dim)
+        lengths = [head] + [self.dim] * whole + [rest] * (rest > 0)
+        parts = zip(tile.values.split(lengths, 1), signs.split(lengths), strict=True)
+        for shift, (values, sign) in zip(self.shifts[name][run:], parts, strict=False):
+            buffer.narrow(1, shift + inside, len(sign)).addcmul_(values, sign)
+            inside = 0
 
     def rows(self, buffer: Tensor) -> Tensor:
         rows = buffer[:, : self.dim] + buffer[:, self.dim : 2 * self.dim]
         if self.outer:
-            rows += torch.fft.irfft(self._frequencies(buffer), n=self.dim)
+            frequencies = self._frequencies(buffer)
+            for span in self._spans(buffer):
+                rows[span] += torch.fft.irfft(frequencies[span], n=self.dim)
         return rows
+
+    def _spans(self, buffer: Tensor) -> Iterator[slice]:
+        """A few examples at a time: their transforms stay in the cache."""
+        step = max(1, _SPAN_FLOATS // self.dim) if buffer.device.type == "cpu" else len(buffer)
+        return (slice(start, start + step) for start in range(0, len(buffer), step))
 
     def _frequencies(self, buffer: Tensor) -> Tensor:
         return torch.view_as_complex(buffer[:, 2 * self.dim :].unflatten(1, (-1, 2)))
@@ -166,25 +181,33 @@ class OuterSketch:
         self.right = CountSketch(dim, seed, {name + "/right": (1, self.width)})
         self.right_name = name + "/right"
         runs = range(0, rows, dim)
-        # Of a run: the bucket of each coordinate, and the coordinate in each bucket.
         self.buckets = [random_permutation(dim, seed, name, f"run{first}") for first in runs]
-        self.coordinates = [buckets.argsort() for buckets in self.buckets]
 
     def spectrum(self, outer: Outer) -> Tensor:
         """Fourier transform of the sketch, ``[example, dim // 2 + 1]`` complex."""
         left, right = outer.left[:, 0, 0].float(), outer.right[:, 0, 0].float()
-        buffer = self.right.zeros(len(right)).to(right)
-        self.right.add_tile(buffer, self.right_name, Tile(0, right))
-        return torch.fft.rfft(self._scattered(left)).mul_(torch.fft.rfft(self.right.rows(buffer)))
+        spectrum = torch.fft.rfft(self._scattered(left))
+        return spectrum.mul_(torch.fft.rfft(self._shifted(right)))
 
     def _scattered(self, left: Tensor) -> Tensor:
+        """Sketch of l by h and s, ``[example, dim]``."""
         signed = left * self.left_signs.to(left)
         parts = []
-        for run, coordinates in enumerate(self.coordinates):
-            part = signed[:, run * self.dim : (run + 1) * self.dim]
-            padded = F.pad(part, (0, self.dim - part.shape[1]))
-            parts.append(padded.index_select(1, coordinates.to(left.device)))
+        for part, buckets in zip(signed.split(self.dim, 1), self.buckets, strict=True):
+            place = buckets[: part.shape[1]].to(left.device).expand_as(part)
+            parts.append(left.new_zeros(len(left), self.dim).scatter_(1, place, part))
         return total(parts)
+
+    def _shifted(self, right: Tensor) -> Tensor:
+        """Sketch of r by g and t, ``[example, dim]``."""
+        signed = right * self.right.signs[self.right_name].to(right)
+        out = right.new_zeros(len(right), self.dim)
+        parts = zip(signed.split(self.dim, 1), self.right.shifts[self.right_name], strict=True)
+        for part, shift in parts:
+            head, tail = part[:, : self.dim - shift], part[:, self.dim - shift :]
+            out.narrow(1, shift, head.shape[1]).add_(head)
+            out.narrow(1, 0, tail.shape[1]).add_(tail)
+        return out
 
     def add_tile(self, buffer: Tensor, tile: Tile) -> None:
         """The same sketch of any gradient of this shape, coordinate by coordinate: slower."""

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tda.gradients import Factor, Lookup
+from tda.gradients import Dense, Factor, Lookup, Outer
 
 Shapes = Mapping[str, tuple[int, int]]  # each parameter as a matrix [O, I]
-_TILE_FLOATS = 2**20  # one tile of gradients, all examples: 4 MiB
+_TILE_FLOATS = 2**20  # one tile of gradients: 4 MiB
+_FEW = 4  # examples of a tile, at least: each costs the overhead of a tile again
 
 
 def random_bits(count: int, seed: int, name: str, role: str) -> np.ndarray:
@@ -52,6 +53,31 @@ class Tile:
     values: Tensor
 
 
+def few_examples(factors: list[Factor]) -> Iterator[tuple[slice, list[Factor]]]:
+    """A few examples at a time: as many whole gradients as a tile holds.
+
+    Products are faster with all rows of a few examples than with a few rows of all.
+    """
+    count = factors[0].num_examples
+    num_rows, width = factors[0].shape
+    step = max(_FEW, _TILE_FLOATS // (num_rows * width))
+    if step >= count or not any(isinstance(factor, Outer) for factor in factors):
+        yield slice(0, count), factors
+        return
+    for start in range(0, count, step):
+        span = slice(start, start + step)
+        yield span, [of_examples(factor, span) for factor in factors]
+
+
+def of_examples(factor: Factor, span: slice) -> Factor:
+    """A factor at some of its examples."""
+    if isinstance(factor, Outer):
+        return Outer(factor.left[span], factor.right[span])
+    if isinstance(factor, Lookup):
+        return replace(factor, index=factor.index[span], value=factor.value[span])
+    return Dense(factor.rows(0, factor.shape[0])[span])
+
+
 def tiles(factors: list[Factor]) -> Iterator[Tile]:
     """One parameter's gradient in runs of neighbouring coordinates, formed one at a time."""
     num_rows, width = factors[0].shape
@@ -82,8 +108,22 @@ def known_square_norm(factors: list[Factor]) -> Tensor | None:
 
 
 def square_norm(factors: list[Factor]) -> Tensor:
-    """‖G‖² ``[example]`` of one parameter's gradient."""
+    """‖G‖² ``[example]`` of one parameter's gradient, which nobody else forms."""
     known = known_square_norm(factors)
     if known is not None:
         return known
-    return total([tile.values.square().sum(1) for tile in tiles(factors)])
+    first = factors[0]
+    if len(factors) == 1 and isinstance(first, Outer) and first.left.shape[2] == 1:
+        num_positions, (num_rows, width) = first.left.shape[1], first.shape
+        if num_positions * (num_rows + width) <= num_rows * width:
+            return first.gram_square_norm()
+    square = [
+        total([row_square_norm(tile.values) for tile in tiles(some)])
+        for _, some in few_examples(factors)
+    ]
+    return torch.cat(square)
+
+
+def row_square_norm(values: Tensor) -> Tensor:
+    """‖v‖² of each row v, in one pass."""
+    return torch.linalg.vector_norm(values, dim=1).square()
