@@ -3,9 +3,11 @@
     [run]         path
     [workload]    task, train, queries = {name = ...}, options = {...}
     [projection]  kind, dim, seed
-    [index]       dtype, batch_size, chunk_rows
+    [index]       dtype, batch_size, chunk_rows, gauss_newton
     [query]       recipe, k
     [evaluate]    train, queries, kind, num_subsets, fraction, seeds, workers
+    [value]       runs, bags
+    [serve]       example
 
 ``task``, both ``train`` and every entry of ``queries`` name Python code that builds the thing:
 ``module:function`` or ``file.py:function``, a file relative to the configuration's own folder or to
@@ -92,11 +94,15 @@ class ProjectionSection(_Section):
 
 
 class IndexSection(_Section):
-    """How rows are computed and stored; none of it changes a score beyond rounding."""
+    """How rows are computed and stored; none of it changes a score beyond rounding.
+
+    ``gauss_newton`` adds the table that recipe influence_gn needs (see ``Run.add_curvature``).
+    """
 
     dtype: Literal["bfloat16", "float32", "int8"] = "bfloat16"
     batch_size: PositiveInt | None = None
     chunk_rows: PositiveInt | None = None
+    gauss_newton: bool | None = None
 
 
 class QuerySection(_Section):
@@ -122,6 +128,29 @@ class EvaluateSection(_Section):
     workers: PositiveInt = 1
 
 
+class ValueSection(_Section):
+    """What ``tda value`` is told besides.
+
+    ``runs``: folders of runs of independent trainings (seeds) on the same data, each a replicate of
+    every value. ``bags``: of Data-OOB, 0 for none. For ``tda report --retrain``, the ``train`` of
+    [evaluate] may also take ``relabel``, a dict from training index to the label to train on.
+    """
+
+    runs: list[str] = []
+    bags: NonNegativeInt = 0
+
+
+class ServeSection(_Section):
+    """How ``tda serve`` makes an example of what is uploaded.
+
+    ``example`` is called as ``example(label, image=…)``, ``example(label, text=…)`` or
+    ``example(label, row=…)``, whichever of the three it has a parameter for, and returns an example
+    like those of the query sets. An image is uint8 ``[height, width]`` or ``[height, width, 3]``.
+    """
+
+    example: Code | None = None
+
+
 class Config(_Section):
     """A validated workload. ``folder`` is where its file lies: code files are looked up there."""
 
@@ -131,6 +160,8 @@ class Config(_Section):
     index: IndexSection = IndexSection()
     query: QuerySection = QuerySection()
     evaluate: EvaluateSection = EvaluateSection()
+    value: ValueSection = ValueSection()
+    serve: ServeSection = ServeSection()
     folder: Path = Field(default=Path(), exclude=True)
 
     @property
@@ -176,6 +207,13 @@ class Config(_Section):
         function, options = self._function(self.evaluate.train)
         return functools.partial(function, **options) if options else function
 
+    def build_example(self) -> Callable[..., Any] | None:
+        """``example(label, …)`` of [serve], given the options; None if there is none."""
+        if self.serve.example is None:
+            return None
+        function, options = self._function(self.serve.example)
+        return functools.partial(function, **options) if options else function
+
     def _build(self, reference: str) -> Any:
         function, options = self._function(reference)
         return function(**options)
@@ -189,8 +227,8 @@ class Config(_Section):
     @property
     def code(self) -> list[str]:
         """Every reference to code."""
-        work, train = self.workload, self.evaluate.train
-        return sorted({work.task, work.train, *work.queries.values(), *([train] if train else [])})
+        work, others = self.workload, (self.evaluate.train, self.serve.example)
+        return sorted({work.task, work.train, *work.queries.values(), *filter(None, others)})
 
     def _check_options(self) -> None:
         """Every option must reach some function: one that none takes is a spelling mistake."""

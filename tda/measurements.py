@@ -6,6 +6,13 @@
 For cross-entropy f is the log-odds log(p/(1−p)) of the label and ℓ = softplus(−f), so that
 ℓ' = −(1−p) and ℓ'' = p(1−p): TRAK's gradients (Park et al. 2023, §3.2) and those of the loss are
 the same rows. Where no such link is known, f = ℓ.
+
+Where the loss is −log p(y | x), a measurement also knows the Gauss–Newton (Fisher) matrix
+
+    G(z; θ) = Jᵀ ∇²ℓ J = E_{y ~ p(· | x)} ∇ℓ ∇ℓᵀ,    J the Jacobian of the model's outputs
+
+in two ways: ``hessian`` is ∇²ℓ at the outputs, and ``draw`` replaces targets by draws from the
+model's own prediction.
 """
 
 from __future__ import annotations
@@ -44,12 +51,20 @@ class Measurement:
 
     output: ``(model, batch) -> f [example]``, differentiable; link: ``(f, batch) -> Link``.
     has_margin: whether a larger f is better for the example; else only a lower loss is.
+    draw: ``(model, batch, generator) -> batch`` with targets drawn from the model's prediction.
+    draw_weight: ``batch -> w [example]`` such that E w ∇ℓ∇ℓᵀ over draws is the Gauss–Newton
+    matrix of ℓ; None where that is 1.
+    hessian: ``(outputs, batch, u) -> ∇²ℓ u`` of each example, at the outputs of `predict`.
+    The last three are None where the likelihood is not known.
     """
 
     name: str
     output: Callable[[nn.Module, Batch], Tensor]
     link: Callable[[Tensor, Batch], Link]
     has_margin: bool
+    draw: Callable[[nn.Module, Batch, torch.Generator], Batch] | None = None
+    draw_weight: Callable[[Batch], Tensor] | None = None
+    hessian: Callable[[Tensor, Batch, Tensor], Tensor] | None = None
 
     @property
     def digest(self) -> str:
@@ -103,6 +118,14 @@ def target(batch: Batch) -> Tensor:
         wanted="tuples (input, target), or dicts with `target`, `labels` or `label`",
         do="add a target, or give a measurement that needs none",
     )
+
+
+def with_target(batch: Batch, values: Tensor) -> Batch:
+    """The batch with another target; a dict without one gets ``labels``."""
+    if isinstance(batch, tuple):
+        return (*batch[:-1], values)
+    name = next((name for name in _TARGETS if name in batch), "labels")
+    return {**batch, name: values}
 
 
 def _nan(like: Tensor) -> Tensor:
@@ -203,17 +226,128 @@ def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
     return losses.sum(1) / (labels[:, 1:] != -100).sum(1).clamp(min=1)
 
 
-MEASUREMENTS: dict[str, Measurement] = {
-    m.name: m
-    for m in (
-        Measurement("cross_entropy", log_odds, logistic, has_margin=True),
-        Measurement("binary_cross_entropy", binary_log_odds, logistic, has_margin=True),
-        Measurement("squared_error", prediction, half_square, has_margin=False),
-        Measurement("mean_squared_error", squared_errors, identity, has_margin=False),
-        Measurement("multi_label", binary_losses, identity, has_margin=False),
-        Measurement("causal_lm", next_token_loss, identity, has_margin=False),
-    )
-}
+def next_tokens(batch: Batch) -> Tensor:
+    """The targets of `next_token_loss` ``[example, token]``, with −100 where there is none."""
+    if isinstance(batch, dict) and not any(name in batch for name in _TARGETS):
+        labels = batch["input_ids"]
+        if "attention_mask" in batch:
+            labels = labels.masked_fill(batch["attention_mask"] == 0, -100)
+        return labels
+    return target(batch)
+
+
+def num_tokens(batch: Batch) -> Tensor:
+    """Number of predicted tokens of each example, at least 1.
+
+    The loss is a mean over T tokens, so for tokens drawn independently E∇ℓ∇ℓᵀ = (1/T²) Σ_t G_t,
+    and its Gauss–Newton matrix (1/T) Σ_t G_t is T times that.
+    """
+    return (next_tokens(batch)[:, 1:] != -100).sum(1).clamp(min=1)
+
+
+def _probabilities(logits: Tensor) -> Tensor:
+    """softmax over the last axis, in float32 or better."""
+    return (logits.float() if logits.element_size() < 4 else logits).softmax(-1)
+
+
+def _categorical(p: Tensor, generator: torch.Generator) -> Tensor:
+    """One class of each row of probabilities ``[..., class]``."""
+    rows = p.detach().to(generator.device).flatten(0, -2)
+    drawn = torch.multinomial(rows, 1, replacement=True, generator=generator)
+    return drawn.reshape(p.shape[:-1]).to(p.device)
+
+
+def _noise(outputs: Tensor, generator: torch.Generator) -> Tensor:
+    """Standard normal numbers of the outputs' shape."""
+    drawn = torch.randn(outputs.shape, generator=generator, device=generator.device)
+    return drawn.to(outputs)
+
+
+@torch.no_grad()
+def draw_class(model: nn.Module, batch: Batch, generator: torch.Generator) -> Batch:
+    """y ~ softmax(z)."""
+    drawn = _categorical(_probabilities(predict(model, batch)), generator)
+    return with_target(batch, drawn.to(target(batch)))
+
+
+@torch.no_grad()
+def draw_binary(model: nn.Module, batch: Batch, generator: torch.Generator) -> Batch:
+    """y ~ Bernoulli(σ(z)), each output on its own."""
+    logits, labels = predict(model, batch), target(batch)
+    p = torch.sigmoid(logits.float()).to(generator.device)
+    drawn = torch.bernoulli(p, generator=generator)
+    return with_target(batch, drawn.reshape(labels.shape).to(labels))
+
+
+@torch.no_grad()
+def draw_normal(model: nn.Module, batch: Batch, generator: torch.Generator) -> Batch:
+    """y ~ N(ŷ, 1)."""
+    outputs = predict(model, batch)
+    drawn = outputs + _noise(outputs, generator)
+    return with_target(batch, drawn.reshape(target(batch).shape))
+
+
+@torch.no_grad()
+def draw_normals(model: nn.Module, batch: Batch, generator: torch.Generator) -> Batch:
+    """y ~ N(ŷ, O) for a mean over O outputs: ∇ℓ = Jᵀ(ŷ−y)/O, so E∇ℓ∇ℓᵀ = JᵀJ/O."""
+    outputs = predict(model, batch)
+    drawn = outputs + outputs[0].numel() ** 0.5 * _noise(outputs, generator)
+    return with_target(batch, drawn.reshape(target(batch).shape))
+
+
+@torch.no_grad()
+def draw_tokens(model: nn.Module, batch: Batch, generator: torch.Generator) -> Batch:
+    """Each token ~ p(token | those before it in the data); those left out stay so."""
+    labels = next_tokens(batch)
+    drawn = _categorical(_probabilities(predict(model, batch)[:, :-1]), generator).to(labels)
+    kept = labels[:, 1:] == -100
+    drawn = torch.where(kept, labels[:, 1:], drawn)
+    return with_target(batch, torch.cat([labels[:, :1], drawn], 1))
+
+
+def softmax_hessian(outputs: Tensor, batch: Batch, u: Tensor) -> Tensor:
+    """(diag p − ppᵀ) u over the last axis; u is ``[..., *outputs.shape]``, as below."""
+    p = _probabilities(outputs)
+    return p * (u - (p * u).sum(-1, keepdim=True))
+
+
+def sigmoid_hessian(outputs: Tensor, batch: Batch, u: Tensor) -> Tensor:
+    """p(1−p) u."""
+    return torch.sigmoid(outputs) * torch.sigmoid(-outputs) * u
+
+
+def unit_hessian(outputs: Tensor, batch: Batch, u: Tensor) -> Tensor:
+    """u."""
+    return u
+
+
+def mean_hessian(outputs: Tensor, batch: Batch, u: Tensor) -> Tensor:
+    """u / O for a mean over O outputs."""
+    return u / outputs[0].numel()
+
+
+def tokens_hessian(outputs: Tensor, batch: Batch, u: Tensor) -> Tensor:
+    """(diag p_t − p_t p_tᵀ) u_t / T at each of the T tokens that are predicted, else 0."""
+    predicted = F.pad(next_tokens(batch)[:, 1:] != -100, (0, 1))  # the last predicts nothing
+    weight = predicted / num_tokens(batch)[:, None]
+    return softmax_hessian(outputs, batch, u) * weight[..., None].to(outputs.device)
+
+
+_KNOWN = (
+    Measurement("cross_entropy", log_odds, logistic, True, draw_class, None, softmax_hessian),
+    Measurement(
+        "binary_cross_entropy", binary_log_odds, logistic, True, draw_binary, None, sigmoid_hessian
+    ),
+    Measurement("squared_error", prediction, half_square, False, draw_normal, None, unit_hessian),
+    Measurement(
+        "mean_squared_error", squared_errors, identity, False, draw_normals, None, mean_hessian
+    ),
+    Measurement("multi_label", binary_losses, identity, False, draw_binary, None, sigmoid_hessian),
+    Measurement(
+        "causal_lm", next_token_loss, identity, False, draw_tokens, num_tokens, tokens_hessian
+    ),
+)
+MEASUREMENTS: dict[str, Measurement] = {m.name: m for m in _KNOWN}
 
 
 def as_measurement(given: Any) -> Measurement:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,10 +17,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from tda import __version__
+from tda.curvature_table import check_measurement, fill_curvature, plan_curvature
 from tda.data import Dataset, Examples, as_dataset, describe
 from tda.errors import ConfigError, MismatchError, StoreError, TaskError
-from tda.featurizer import Featurizer, fill, progress_bar
+from tda.featurizer import Featurizer, Tick, fill, progress_bar
 from tda.gradients import shapes_of
+from tda.metric import check_projection
 from tda.projection import Bases, Projection, bases_from_bytes, bases_to_bytes
 from tda.recipe import Recipe
 from tda.recipes import get_recipe
@@ -52,13 +55,14 @@ def index(
     dtype: Literal["bfloat16", "float32", "int8"] = "bfloat16",
     batch_size: int = BATCH_SIZE,
     chunk_rows: int | None = None,
+    gauss_newton: bool = False,
     progress: bool = True,
 ) -> Run:
     """Featurize a training set at every checkpoint of a task into the store at ``path``.
 
     dataset: map-style, or arrays (see `tda.data`). projection: a kind (``proj_dim`` and ``seed``
     go with it) or a `Projection`. dtype: of the stored rows. chunk_rows: rows written at once, by
-    default 8 MiB.
+    default 8 MiB. gauss_newton: also `Run.add_curvature`, for recipe "influence_gn".
 
     The same call resumes an interrupted run, and does nothing where it is complete. With more
     examples at the end of the data, or more checkpoints at the end of the list, it computes those.
@@ -74,15 +78,19 @@ def index(
             found=type(task).__name__,
             do="index(tda.Task(model, checkpoints=[…]), dataset, path)",
         )
+    if gauss_newton:
+        check_measurement(task.measurement)
     path, data = Path(path), as_dataset(dataset)
     with progress_bar("reading the data", len(data), progress) as tick:
-        examples = describe(data, lambda done: tick(1))
+        examples = describe(data, tick)
     with sole_writer(path):
-        run = _open_or_create(task, data, path, projection, dtype, chunk_rows)
+        run = _open_or_create(task, data, path, projection, dtype, chunk_rows, batch_size, progress)
         table = run._plan("train", examples, data)
         if progress and run._ready().audit is not None:
             print(run._ready().audit, file=sys.stderr)
-        run._fill(table, data, batch_size, progress, "indexing")
+        run._fill(fill, table, data, batch_size, progress, "indexing")
+    if gauss_newton:
+        run.add_curvature(data, batch_size=batch_size, progress=progress)
     return run
 
 
@@ -93,7 +101,8 @@ def open(path: str | Path, task: Task | None = None) -> Run:
     """
     store = Store.open(path)
     if task is not None:
-        Store.create(path, {**store.manifest, **task.manifest()})
+        others = {name: part for name, part in store.manifest.items() if name != "metric"}
+        Store.create(path, {**others, **task.manifest()})
     return Run(store, task)
 
 
@@ -104,17 +113,21 @@ def _open_or_create(
     projection: Projection,
     dtype: str,
     chunk_rows: int | None,
+    batch_size: int,
+    progress: bool,
 ) -> Run:
     shapes = shapes_of(task.model)
     stored = Store.open(path).manifest if (path / "manifest.json").exists() else None
     featurizer = Featurizer(task)
+    if task.metric != "euclidean":
+        check_projection(task.metric, projection)
     if stored is None:
         projection = projection.resolve(shapes, featurizer.probe(data).rank_one)
     else:
         projection = projection.resolve(shapes, stored["projection"].get("rank_one", ()))
     bases = None
     if projection.needs_pilot and stored is None:
-        bases = projection.fit(featurizer.pilot(data), shapes)
+        bases = featurizer.fit(projection, data, batch_size, progress)
         write_file(path / _BASES, bases_to_bytes(bases))
     elif stored is not None and projection.needs_pilot:
         bases = _read_bases(path, stored, task)
@@ -221,12 +234,35 @@ class Run:
         """Featurize and store a query set; returns its name (by default made of its content)."""
         data = as_dataset(dataset)
         with progress_bar("reading the queries", len(data), progress) as tick:
-            examples = describe(data, lambda done: tick(1))
+            examples = describe(data, tick)
         name = name or f"q-{examples.digest()[:16]}"
         with sole_writer(self.path):
             table = self._plan(f"queries/{name}", examples, data)
-            self._fill(table, data, batch_size, progress, f"queries {name}")
+            self._fill(fill, table, data, batch_size, progress, f"queries {name}")
         return name
+
+    def add_curvature(
+        self,
+        dataset: Any,
+        *,
+        num_rows: int | None = None,
+        batch_size: int = BATCH_SIZE,
+        progress: bool = False,
+    ) -> None:
+        """Featurize and store rows of which the Gauss–Newton matrix is made, for "influence_gn".
+
+        dataset: the training set. num_rows: pairs (example, label) drawn from it, by default four
+        a dimension of the projection; see ``tda.curvature_table``. The same call resumes, computes
+        what checkpoints have been added, and begins anew where the training set has grown.
+        Raises TaskError where the measurement has no such matrix, or "influence" has it exactly;
+        MismatchError if these are not the training examples.
+        """
+        data, featurizer = as_dataset(dataset), self._ready()
+        total = len(data) * self.store.table("train").num_checkpoints
+        with sole_writer(self.path):
+            with progress_bar("choosing curvature rows", total, progress) as tick:
+                table = plan_curvature(self.store, featurizer, data, num_rows, batch_size, tick)
+            self._fill(fill_curvature, table, data, batch_size, progress, "curvature")
 
     def scores(self, queries: Any, recipe: str | Recipe = "trak") -> da.Array:
         """Every score, ``[query, train]`` float32; > 0 where training on the example helps.
@@ -325,7 +361,13 @@ class Run:
         return self.store.plan(name, examples, hidden)
 
     def _fill(
-        self, table: Table, data: Dataset, batch_size: int, progress: bool, what: str
+        self,
+        how: Callable[[Featurizer, Table, Dataset, int, Tick], None],
+        table: Table,
+        data: Dataset,
+        batch_size: int,
+        progress: bool,
+        what: str,
     ) -> None:
         missing = table.missing()
         if not missing:
@@ -333,4 +375,4 @@ class Run:
         spans = [table.chunk_range(chunk) for _, chunk in missing]
         total = sum(stop - start for start, stop in spans)
         with progress_bar(what, total, progress) as tick:
-            fill(self._ready(), table, data, batch_size, tick)
+            how(self._ready(), table, data, batch_size, tick)

@@ -22,6 +22,7 @@ from rich.table import Table
 import tda
 from tda.cli import tables
 from tda.cli.workload import task_of
+from tda.curvature_table import ROWS_PER_DIMENSION
 from tda.data import as_dataset
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class Plan:
     path: str
     num_train: int
     num_queries: int
+    num_curvature: int
     num_checkpoints: int
     proj_dim: int
     dtype: str
@@ -54,6 +56,7 @@ class Plan:
             ("run", self.path),
             ("training examples", f"{self.num_train:,}"),
             ("queries", f"{self.num_queries:,}"),
+            ("curvature rows, at most", f"{self.num_curvature:,}"),
             ("checkpoints", f"{self.num_checkpoints}"),
             ("a row", f"{self.proj_dim:,} × {self.dtype}"),
             ("an example, all checkpoints", _size(self.bytes_per_example)),
@@ -99,13 +102,14 @@ def plan(config: Config) -> Plan:
     num_checkpoints = len(task.checkpoints)
     one = copy.copy(task)
     one.checkpoints = task.checkpoints[:1]
-    arguments = config.index_arguments()
+    arguments = {**config.index_arguments(), "gauss_newton": False}
     small, large = _two_probes(one, train, arguments)
     more = large.num_examples - small.num_examples
     seconds = max(large.seconds - small.seconds, 1e-9) / more if more else large.seconds
     row = large.bytes_per_checkpoint / large.num_examples
     once = large.bytes_once / large.num_examples
     item = _ITEM_BYTES[config.index.dtype]
+    num_curvature = ROWS_PER_DIMENSION * large.dim if config.index.gauss_newton else 0
     query_row = row + large.dim * (4 - item)  # the rows of queries stay float32
 
     def on_disk(count: int, row: float) -> float:
@@ -117,14 +121,18 @@ def plan(config: Config) -> Plan:
         path=str(config.path),
         num_train=num_train,
         num_queries=num_queries,
+        num_curvature=num_curvature,
         num_checkpoints=num_checkpoints,
         proj_dim=large.dim,
         dtype=config.index.dtype,
         bytes_per_example=row * num_checkpoints + once,
-        bytes_on_disk=on_disk(num_train, row) + sum(on_disk(len(q), query_row) for q in queries),
+        bytes_on_disk=on_disk(num_train, row)
+        + on_disk(num_curvature, row)
+        + sum(on_disk(len(q), query_row) for q in queries),
         peak_memory=_peak_memory() + min(large.chunk_rows, num_train) * large.dim * (4 + item),
         examples_per_second=1 / seconds,
-        seconds=seconds * num_checkpoints * (num_train + num_queries) + small.seconds,
+        seconds=seconds * num_checkpoints * (num_train + num_queries + num_curvature)
+        + small.seconds,
     )
 
 

@@ -55,6 +55,10 @@ def _checked(table: Table, name: str, given: Any, chunk: int) -> np.ndarray:
             found=values.shape,
             wanted=shape,
         )
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = values.sum()
+    if np.isfinite(total):  # a sum over anything that is not finite is not finite
+        return values
     bad = np.isinf(values) if name == "p" else ~np.isfinite(values)
     _refuse(table, bad, start, name, "is not finite")
     return values

@@ -21,8 +21,10 @@ NAME = "manifest.json"
 BASES = "projection.npz"
 TRAIN = "train"
 QUERIES = "queries"
+CURVATURE = "curvature"
 
-_ROWS_DEPEND_ON = ("format", "model", "measurement", "projection", "layers")
+_ROWS_DEPEND_ON = ("format", "model", "measurement", "metric", "projection", "layers")
+_ABSENT_MEANS = {"metric": "euclidean"}
 _MAY_DIFFER = ("data", "versions")  # data: checked by plan(), example by example
 _QUERY_SET = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}")
 _NEW_FOLDER = "or index into a new folder"
@@ -31,6 +33,7 @@ _CURES = {
     "checkpoints": "give the same checkpoints in the same order (more may follow them: "
     f"Store.add_checkpoint), {_NEW_FOLDER}",
     "measurement": f"use the measurement this run was made with, {_NEW_FOLDER}",
+    "metric": f"give the Task the metric this run was made with, {_NEW_FOLDER}",
     "projection": f"use the projection this run was made with, {_NEW_FOLDER}",
     "format": "this program writes another format: index again into a new folder",
 }
@@ -112,11 +115,13 @@ def _other_format(found: object, path: Path | None) -> StoreError:
 
 def require_same(run: Path, stored: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Raises MismatchError naming the first field in which two manifests differ."""
-    fields = [*given, *(name for name in stored if name not in given)]
+    # The metric first: one that needs optimizers makes the checkpoints differ as well.
+    fields = ["metric", *given, *(name for name in stored if name not in given)]
     for name in fields:
         if name in _MAY_DIFFER:
             continue
-        differs = _difference(name, stored.get(name), given.get(name))
+        unsaid = _ABSENT_MEANS.get(name)
+        differs = _difference(name, stored.get(name, unsaid), given.get(name, unsaid))
         if differs is not None:
             field, there, here = differs
             raise MismatchError(
@@ -142,7 +147,10 @@ def _difference(name: str, stored: Any, given: Any) -> tuple[str, Any, Any] | No
 def rows_depend_on(manifest: Mapping[str, Any], checkpoint: int) -> dict[str, Any]:
     """The part of a manifest that determines the rows of one checkpoint."""
     parts = {name: manifest[name] for name in _ROWS_DEPEND_ON if name in manifest}
-    return {**parts, "checkpoint": manifest["checkpoints"][checkpoint]["digest"]}
+    record = manifest["checkpoints"][checkpoint]
+    if "metric" in manifest:
+        parts["optimizer"] = record["optimizer_digest"]
+    return {**parts, "checkpoint": record["digest"]}
 
 
 def config_hash(parts: Mapping[str, Any]) -> str:
@@ -150,9 +158,9 @@ def config_hash(parts: Mapping[str, Any]) -> str:
 
 
 def check_table_name(name: str) -> str:
-    """``name`` if it is ``train`` or ``queries/NAME`` with a NAME that is safe as a folder."""
+    """``name`` if it is ``train``, ``curvature`` or ``queries/NAME``, NAME safe as a folder."""
     folder, _, query_set = name.partition("/")
-    if name == TRAIN or (folder == QUERIES and _QUERY_SET.fullmatch(query_set)):
+    if name in (TRAIN, CURVATURE) or (folder == QUERIES and _QUERY_SET.fullmatch(query_set)):
         return name
     raise DataError(
         "this is no name for a query set",
@@ -166,6 +174,8 @@ def redo(table: str) -> str:
     """What computes the chunks a table lacks."""
     if table == TRAIN:
         return "rerun `tda index` with the same configuration: it computes only what is missing"
+    if table == CURVATURE:
+        return "call run.add_curvature(train), or rerun `tda index` with gauss_newton = true"
     name = table.partition("/")[2]
     return f"rerun `tda index`, or add the queries {name!r} again: only what is missing is computed"
 

@@ -18,7 +18,7 @@ from tda.errors import DataError, MismatchError, StoreError
 from tda.store.arrays import COLUMNS, ArraySpec, group_document, layout
 from tda.store.encoding import check_dtype, encode_column
 from tda.store.files import remove_file
-from tda.store.manifest import TRAIN
+from tda.store.manifest import CURVATURE, QUERIES, TRAIN
 from tda.store.marks import (
     STATIC,
     Entry,
@@ -37,6 +37,7 @@ Static = Mapping[str, tuple[np.ndarray, str]]
 
 # ``text`` and ``image`` show the content, of which the digest is compared.
 _COMPARED = ("digest", "label", "source", "group")
+_AXES = {TRAIN: "train", QUERIES: "query", CURVATURE: "row"}
 _RESERVED = {"rows", "scale", "embedding", "done", "id", "digest", *COLUMNS}
 
 
@@ -54,7 +55,7 @@ def plan_table(
     """
     if len(examples) == 0:
         raise DataError(f"the data set of {name!r} is empty", wanted="at least one example")
-    rows_as = manifest["dtype"] if name == TRAIN else "float32"
+    rows_as = "float32" if name.startswith(QUERIES) else manifest["dtype"]
     if dtype is not None and check_dtype(dtype) != rows_as:
         raise MismatchError(
             f"rows of {name!r} are stored as {rows_as}", where=run, found=dtype, wanted=rows_as
@@ -70,7 +71,7 @@ def plan_table(
     else:
         chunk_rows = min(chunk_rows, len(examples))
     specs = layout(
-        name.partition("/")[0].replace("queries", "query"),
+        _AXES[name.partition("/")[0]],
         static,
         len(manifest["checkpoints"]),
         chunk_rows,

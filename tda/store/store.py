@@ -9,12 +9,14 @@ from typing import Any
 from tda.data import Examples
 from tda.errors import MismatchError, StoreError
 from tda.store.manifest import (
+    CURVATURE,
     NAME,
     QUERIES,
     TRAIN,
     check_manifest,
     check_table_name,
     read_manifest,
+    redo,
     require_same,
     write_manifest,
 )
@@ -24,7 +26,7 @@ from tda.store.verify import Fault, find_faults, table_names
 
 
 class Store:
-    """A folder with a manifest, the table ``train`` and any number of query sets.
+    """A folder with a manifest, the table ``train``, perhaps ``curvature``, and query sets.
 
     ``stores/README.md`` specifies every file. Pickles as its path.
     """
@@ -72,24 +74,30 @@ class Store:
     def plan(
         self, table: str, examples: Examples, hidden: int | None = None, dtype: str | None = None
     ) -> Table:
-        """The table ``train`` or ``queries/NAME`` of these examples; ``missing()`` is left to do.
+        """The table ``train``, ``curvature`` or ``queries/NAME`` of these examples.
 
-        Creates it, finds it, repairs it, or appends to it: ``examples`` may go on after those that
-        are stored; a chunk that was cut short before becomes missing. ``hidden`` is the width of
-        the embedding, None for none. Rows of query sets are float32 whatever the run's dtype.
+        ``missing()`` of it is left to do. Creates it, finds it, repairs it, or appends to it:
+        ``examples`` may go on after those that are stored; a chunk that was cut short before
+        becomes missing. ``hidden`` is the width of the embedding, None for none. Rows of query
+        sets are float32 whatever the run's dtype.
         One process plans. Raises MismatchError naming the first example that is another one.
         """
         name = check_table_name(table)
         planned = plan_table(self.path, self.manifest, name, examples, hidden, dtype)
         record = {"num_rows": len(examples), "digest": examples.digest()}
-        if name == TRAIN and self.manifest["data"].get(TRAIN) != record:
-            self.manifest = {**self.manifest, "data": {TRAIN: record}}
+        data = self.manifest["data"]
+        if name == CURVATURE:
+            record["train"] = data[TRAIN]["digest"]
+        if name in (TRAIN, CURVATURE) and data.get(name) != record:
+            self.manifest = {**self.manifest, "data": {**data, name: record}}
             write_manifest(self.path, self.manifest)
         return planned
 
     def table(self, name: str) -> Table:
-        """The table ``train`` or ``queries/NAME``. Raises StoreError if it is not there."""
+        """The table ``train``, ``curvature`` or ``queries/NAME``. Raises StoreError if absent."""
         if not (self.path / check_table_name(name)).is_dir():
+            if name == CURVATURE:
+                raise StoreError("this run has no curvature table", where=self.path, do=redo(name))
             query_set = name.partition("/")[2]
             raise StoreError(
                 f"there is no query set {query_set!r}" if query_set else "nothing is indexed yet",

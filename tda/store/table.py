@@ -262,6 +262,24 @@ class Table:
                 out[(*place, slice(start, stop))] = self._chunk(spec, *place, chunk)[: stop - start]
         return decode_strings(out) if spec.encoding == "utf-8" else out
 
+    def entries(self, name: str, indices: Any) -> np.ndarray:
+        """A column for examples anywhere, ``[len(indices), …]``: not one of each checkpoint.
+
+        For the texts and pictures of large sets: only the pages they are on are read, after the
+        first check of a chunk (see the class). Raises StoreError as :meth:`column` does.
+        """
+        index = np.asarray(indices, dtype=np.int64).reshape(-1)
+        if name not in self.columns() or self.specs[name].per_checkpoint:
+            raise StoreError(f"there is no column {name!r} of examples", where=self.folder)
+        if len(index) and not (index.min() >= 0 and index.max() < self.num_rows):
+            raise IndexError(f"example {index.min()} … {index.max()} of {self.num_rows}")
+        spec = self.specs[name]
+        out = np.empty((len(index), *spec.shape[1:]), spec.dtype)
+        for chunk in np.unique(index // spec.chunk_rows):
+            here = index // spec.chunk_rows == chunk
+            out[here] = self._chunk(spec, int(chunk))[index[here] - chunk * spec.chunk_rows]
+        return decode_strings(out) if spec.encoding == "utf-8" else out
+
     def _read(self, name: str, checkpoint: int, start: int, stop: int) -> Tensor:
         if not 0 <= start <= stop <= self.num_rows:
             raise IndexError(f"examples {start}:{stop} of {self.num_rows}")

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from tda.errors import StoreError
 from tda.store.files import TMP
-from tda.store.manifest import BASES, NAME, QUERIES, TRAIN, cure, read_manifest, redo
+from tda.store.manifest import BASES, CURVATURE, NAME, QUERIES, TRAIN, cure, read_manifest, redo
 from tda.store.marks import FOLDER, STATIC, chunk_mark, damage, read_mark, remove_mark
 from tda.store.table import Table
 
@@ -54,9 +54,10 @@ def _bases_faults(run: Path, manifest: Mapping[str, Any]) -> Iterator[Fault]:
 
 
 def table_names(run: Path) -> list[str]:
-    """``train`` and ``queries/NAME``, those that are there."""
+    """``train``, ``curvature`` and ``queries/NAME``, those that are there."""
     sets = sorted(path.name for path in (run / QUERIES).glob("*") if (path / FOLDER).is_dir())
-    return [TRAIN] * (run / TRAIN).is_dir() + [f"{QUERIES}/{name}" for name in sets]
+    single = [name for name in (TRAIN, CURVATURE) if (run / name).is_dir()]
+    return single + [f"{QUERIES}/{name}" for name in sets]
 
 
 def _manifest_faults(run: Path) -> Iterator[Fault]:
