@@ -5,6 +5,7 @@
     count_sketch   P e_j = s(j)·e_{h(j)}, s random signs, h random   the default
     kronecker      P = ⊕_layer (L_layer ⊗ R_layer)                   keeps layers apart
     two_stage      count_sketch ∘ kronecker                          fast, best at small dim
+    eigenbasis     the coordinates of largest curvature, in EK-FAC's basis      layers apart
 
 The count sketch hashes whole runs of ``dim`` neighbouring coordinates: coordinate j goes to bucket
 (j + shift(run of j)) mod dim. Two coordinates of one run never collide, any other two with
@@ -16,6 +17,7 @@ those of large layers with one position, which are outer products, are never for
     tiles.py      gradients in tiles; seeded randomness
     sketches.py   identity, rademacher, count sketch
     kronecker.py  pilot, bases, per-parameter blocks
+    eigenbasis.py the coordinates that matter most, of all parameters together
 
 Randomness is ``(seed, parameter name, role)`` hashed into Philox: the same bytes everywhere.
 """
@@ -23,7 +25,7 @@ Randomness is ``(seed, parameter name, role)`` hashed into Philox: the same byte
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
@@ -31,6 +33,7 @@ from torch import Tensor
 
 from tda.errors import ConfigError
 from tda.gradients import Factor
+from tda.projection.eigenbasis import Eigen, Eigenbasis, largest
 from tda.projection.kronecker import (
     Bases,
     Kronecker,
@@ -49,7 +52,7 @@ __all__ = [
 # A layer this many times larger than dim is sketched faster by three Fourier transforms.
 _WORTH_TRANSFORMING = 8
 
-KINDS = ("count_sketch", "two_stage", "kronecker", "rademacher", "identity")
+KINDS = ("count_sketch", "two_stage", "kronecker", "eigenbasis", "rademacher", "identity")
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,8 @@ class Projection:
 
     dim: numbers kept an example. seed: of all randomness. rank: rows of each side's basis, for
     two_stage. basis: "eigen" (of a pilot's second moments) or "random", for two_stage and
-    kronecker. rank_one: found by `resolve`, for count_sketch. Raises ConfigError.
+    kronecker. num_fit: most training examples that an eigenbasis is fitted on. rank_one: found by
+    `resolve`, for count_sketch. Raises ConfigError.
     """
 
     kind: str = "count_sketch"
@@ -67,6 +71,7 @@ class Projection:
     rank: int = 64
     basis: str = "eigen"
     rank_one: Sequence[str] = ()
+    num_fit: int = 4096
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -76,10 +81,10 @@ class Projection:
                 wanted=", ".join(KINDS),
                 do=f"did you mean {close[0]!r}?" if close else None,
             )
-        if not isinstance(self.dim, int) or self.dim < 1 or self.rank < 1:
+        if not isinstance(self.dim, int) or min(self.dim, self.rank, self.num_fit) < 1:
             raise ConfigError(
                 "a projection needs a positive dimension",
-                found=f"dim={self.dim!r}, rank={self.rank!r}",
+                found=f"dim={self.dim!r}, rank={self.rank!r}, num_fit={self.num_fit!r}",
                 wanted="integers ≥ 1",
             )
         if self.basis not in ("eigen", "random"):
@@ -88,7 +93,11 @@ class Projection:
     @property
     def needs_pilot(self) -> bool:
         """Whether gradients of a few examples must be seen before it is defined."""
-        return self.kind in ("two_stage", "kronecker")
+        return self.kind in ("two_stage", "kronecker", "eigenbasis")
+
+    def select(self, curvature: Mapping[str, Eigen]) -> Bases:
+        """The bases of an eigenbasis: the ``dim`` coordinates of the largest curvature."""
+        return largest(curvature, self.dim)
 
     def fit(self, pilot: Pilot, shapes: Shapes) -> Bases:
         """The bases this projection takes from a pilot's second moments."""
@@ -98,8 +107,10 @@ class Projection:
     def spec(self) -> dict[str, Any]:
         """The fields that matter for this kind, for the manifest."""
         spec = asdict(self)
-        if not self.needs_pilot:
+        if self.kind not in ("two_stage", "kronecker"):
             del spec["basis"]
+        if self.kind != "eigenbasis":
+            del spec["num_fit"]
         if self.kind != "two_stage":
             del spec["rank"]
         if self.kind == "identity":
@@ -134,6 +145,8 @@ class Projection:
             return CountSketch(self.dim, self.seed, shapes, self.rank_one)
         if bases is None:
             raise ConfigError(f"projection {self.kind!r} needs the bases of a pilot")
+        if self.kind == "eigenbasis":
+            return Eigenbasis(bases)
         mixed = self.dim if self.kind == "two_stage" else None
         return Kronecker(bases, mixed, self.seed)
 

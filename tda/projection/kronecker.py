@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 
 from tda.errors import StoreError
-from tda.gradients import Factor
+from tda.gradients import Factor, Outer
 from tda.projection.sketches import CountSketch, Identity
 from tda.projection.tiles import Shapes, Tile, random_signs, square_norm, total
 
 _MAX_EIGEN = 4096  # a side wider than this gets a random basis
-Bases = dict[str, tuple[Tensor, Tensor]]  # parameter -> left [m, O], right [r, I]
+_SUBSPACE_STEPS = 4
+# parameter -> left [m, O], right [r, I]; of an eigenbasis, also the row and column of coordinates.
+Bases = dict[str, tuple[Tensor, ...]]
+_PARTS = ("left", "right", "row", "column")
 
 
 class Kronecker:
@@ -23,7 +26,7 @@ class Kronecker:
 
     def __init__(self, bases: Bases, mixed_dim: int | None, seed: int) -> None:
         self.bases = bases
-        blocks = {name: (len(left), len(right)) for name, (left, right) in bases.items()}
+        blocks = {name: (len(left), len(right)) for name, (left, right, *_) in bases.items()}
         inner: Identity | CountSketch = Identity(blocks)
         if mixed_dim is not None and mixed_dim < inner.dim:
             inner = CountSketch(mixed_dim, seed, blocks)
@@ -61,16 +64,11 @@ class Pilot:
         num_rows, width = factors[0].shape
         left = self.left.setdefault(name, torch.zeros(_side(num_rows), _side(num_rows)).double())
         right = self.right.setdefault(name, torch.zeros(_side(width), _side(width)).double())
-        energy = 0.0
         if len(left) or len(right):
-            grad = total([factor.rows(0, num_rows) for factor in factors])
-            energy = float(grad.double().square().sum())
-            if len(left):
-                left += torch.einsum("boi,bpi->op", grad, grad).cpu()
-            if len(right):
-                right += torch.einsum("boi,boj->ij", grad, grad).cpu()
-        else:
-            energy = float(square_norm(factors).double().sum())
+            moments = _moments(factors)
+            left += moments[0].cpu() if len(left) else 0.0
+            right += moments[1].cpu() if len(right) else 0.0
+        energy = float(square_norm(factors).double().sum())
         self.energy[name] = self.energy.get(name, 0.0) + energy
 
     def bases(self, shapes: Shapes, dim: int, rank: int | None, random: bool, seed: int) -> Bases:
@@ -102,6 +100,24 @@ class Pilot:
         )
 
 
+def _moments(factors: list[Factor]) -> tuple[Tensor, Tensor]:
+    """Σ G Gᵀ and Σ Gᵀ G over a batch: of a short outer product LᵀR by the Gram matrices of its
+    positions, Σ Lᵀ(R Rᵀ)L and Σ Rᵀ(L Lᵀ)R."""
+    num_rows, width = factors[0].shape
+    outer = factors[0]
+    if len(factors) == 1 and isinstance(outer, Outer) and outer.left.shape[2] == 1:
+        left, right = outer.left[:, :, 0].float(), outer.right[:, :, 0].float()
+        if left.shape[1] < min(num_rows, width):
+            weighted = torch.bmm(torch.bmm(right, right.mT), left)
+            other = torch.bmm(torch.bmm(left, left.mT), right)
+            return (
+                left.flatten(0, 1).T @ weighted.flatten(0, 1),
+                right.flatten(0, 1).T @ other.flatten(0, 1),
+            )
+    grad = total([factor.rows(0, num_rows) for factor in factors])
+    return torch.einsum("boi,bpi->op", grad, grad), torch.einsum("boi,boj->ij", grad, grad)
+
+
 def _side(size: int) -> int:
     return size if size <= _MAX_EIGEN else 0
 
@@ -114,21 +130,38 @@ def _basis(
         return torch.eye(size)
     if random or moment is None or len(moment) == 0:
         return random_signs(rank * size, seed, name).reshape(rank, size).float() / rank**0.5
-    vectors = torch.linalg.eigh(moment)[1][:, -rank:].flip(1).T
-    return (vectors * _orientation(vectors)).float().contiguous()
+    return oriented(_leading(moment, rank, seed, name).T).float().contiguous()
 
 
-def _orientation(vectors: Tensor) -> Tensor:
-    """Signs that make each vector's largest entry positive: eigenvectors come without one."""
+def _leading(moment: Tensor, rank: int, seed: int, name: str) -> Tensor:
+    """``[size, rank]``: leading eigenvectors, the largest eigenvalue first.
+
+    Of few by subspace iteration from random signs (Halko et al. 2011, algorithm 4.4): what it
+    confuses are neighbours of like eigenvalues, which serve as well.
+    """
+    size, more = len(moment), 2 * rank
+    if 4 * more > size:
+        return torch.linalg.eigh(moment)[1][:, -rank:].flip(1)
+    start = random_signs(size * more, seed, name + "/start").reshape(size, more).to(moment)
+    span = torch.linalg.qr(moment @ start)[0]
+    for _ in range(_SUBSPACE_STEPS):
+        span = torch.linalg.qr(moment @ span)[0]
+    turn = torch.linalg.eigh(span.T @ moment @ span)[1]
+    return span @ turn[:, -rank:].flip(1)
+
+
+def oriented(vectors: Tensor) -> Tensor:
+    """With signs that make each row's largest entry positive: eigenvectors come without one."""
     largest = vectors.abs().argmax(1, keepdim=True)
-    return torch.where(vectors.gather(1, largest) < 0, -1.0, 1.0).to(vectors)
+    return vectors * torch.where(vectors.gather(1, largest) < 0, -1.0, 1.0).to(vectors)
 
 
 def bases_to_bytes(bases: Bases) -> bytes:
     """A projection's bases as the bytes of an ``.npz``, the same for the same bases."""
     arrays: dict[str, Any] = {}
-    for name, (left, right) in bases.items():
-        arrays[f"{name}/left"], arrays[f"{name}/right"] = left.numpy(), right.numpy()
+    for name, parts in bases.items():
+        for part, values in zip(_PARTS, parts, strict=False):
+            arrays[f"{name}/{part}"] = values.numpy()
     stream = io.BytesIO()
     np.savez(stream, **arrays)
     return stream.getvalue()
@@ -138,12 +171,14 @@ def bases_from_bytes(data: bytes, shapes: Shapes) -> Bases:
     """The inverse of `bases_to_bytes`. Raises StoreError."""
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as file:
-            return {
-                name: (
-                    torch.from_numpy(file[f"{name}/left"]),
-                    torch.from_numpy(file[f"{name}/right"]),
+            bases = {
+                name: tuple(
+                    torch.from_numpy(file[f"{name}/{part}"])
+                    for part in _PARTS
+                    if f"{name}/{part}" in file.files
                 )
                 for name in shapes
             }
     except (ValueError, OSError, KeyError) as error:
         raise StoreError("the bases of the projection cannot be read", found=error) from error
+    return {name: parts for name, parts in bases.items() if parts}

@@ -1,0 +1,344 @@
+"""Scores without a store or a projection: the queries stay in memory, the training set streams by.
+
+    score[q, i] = scale · Σ_c w_c ⟨F(H_c) q_c, t_{i,c}⟩ / norms        as in `tda.recipe`
+
+Queries are embedded in parameter space, m × P numbers, and preconditioned there. Then each training
+gradient is computed once a checkpoint, for all queries together, and multiplied while it is in
+cache. This is what a projection is measured against, and right for one question to a large model;
+for more than one, index.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tda import kfac
+from tda.data import Dataset, as_dataset, batches
+from tda.embedding import reciprocal
+from tda.errors import GradientError, RecipeError, TaskError
+from tda.featurizer import Tick, progress_bar
+from tda.gauss_newton import GaussNewton
+from tda.gradients import Factor, Gradients, Lookup, shapes_of
+from tda.gradients.factors import materialise
+from tda.kfac import BATCH_SIZE, EkFac
+from tda.measurements import Link
+from tda.parameter_space import Factored, Preconditioner, Solved, Unchanged, Vectors
+from tda.projection.sketches import rank_one
+from tda.projection.tiles import tiles
+from tda.recipe import Recipe
+from tda.recipes import get_recipe
+from tda.requirements import checkpoint_weights
+from tda.schedule import implied_damping
+from tda.task import Task
+
+_TILE_FLOATS = 2**24
+
+
+def attribute(
+    task: Task,
+    train: Any,
+    queries: Any,
+    recipe: str | Recipe = "influence_ekfac",
+    *,
+    damping: float | Literal["auto"] | None = None,
+    ekfac: EkFac | Sequence[EkFac] | None = None,
+    batch_size: int = BATCH_SIZE,
+    seed: int = 0,
+    progress: bool = True,
+) -> np.ndarray:
+    """Scores ``[query, train]`` float32, > 0 where training on the example helps; no projection.
+
+    recipe: without curvature; or EK-FAC (curvature "diagonal" in basis "eigen"); or the whole
+    Gauss–Newton matrix (curvature "gram"). damping: in place of the recipe's. ekfac: from
+    `fit_ekfac`, one a checkpoint, in order; else fitted on all of ``train``, labels drawn by
+    ``seed``. Training gradients are computed once a checkpoint, whatever the number of queries.
+
+    Raises RecipeError for a recipe that has no meaning here, TaskError if the queries do not fit
+    into memory, GradientError where a gradient is not finite.
+    """
+    chosen = get_recipe(recipe)
+    if damping is not None:
+        chosen = replace(chosen, damping=damping)
+    _require(chosen, task)
+    data, manifest = (as_dataset(train), as_dataset(queries)), task.manifest()
+    method = _Method(task, manifest, chosen, *data, batch_size)
+    method.check_memory()
+    fitted = _given(ekfac, len(task.checkpoints)) if chosen.curvature != "identity" else None
+    total = np.zeros((len(method.queries), len(method.train)))
+    residuals = np.zeros(len(method.train))
+    passes = len(task.checkpoints) * (len(method.queries) + len(method.train))
+    if chosen.curvature != "identity" and fitted is None:
+        passes += 2 * len(task.checkpoints) * len(method.train)
+    with progress_bar(f"scores by {chosen.name}", passes, progress) as tick:
+        for checkpoint, share in enumerate(checkpoint_weights(manifest, chosen)):
+            curvature = None
+            if chosen.curvature != "identity":
+                curvature = fitted[checkpoint] if fitted else method.fit(checkpoint, seed, tick)
+            kernel, weights = method.products(checkpoint, curvature, tick)
+            if chosen.combine == "product_of_means":
+                total += share * kernel
+                residuals += share * weights
+            else:
+                total += share * kernel * weights
+    if chosen.combine == "product_of_means":
+        total *= residuals
+    if chosen.scale == "inverse_n":
+        total /= len(method.train)
+    return total.astype(np.float32)
+
+
+@dataclass(frozen=True)
+class _Method:
+    """A recipe bound to a task and its data."""
+
+    task: Task
+    manifest: dict[str, Any]
+    recipe: Recipe
+    train: Dataset
+    queries: Dataset
+    batch_size: int
+
+    def check_memory(self) -> None:
+        """Raises TaskError if m × P float32 numbers are more than half of the memory."""
+        size = 4 * sum(rows * width for rows, width in shapes_of(self.task.model).values())
+        room = _memory(torch.device(self.task.device)) // 2
+        if len(self.queries) * size > room:
+            raise TaskError(
+                "the queries' gradients do not fit into memory without a projection",
+                found=f"{len(self.queries)} queries × {size / 2**30:.3g} GiB",
+                wanted=f"at most half of the memory, {room / 2**30:.3g} GiB",
+                do=f"ask for at most {room // size} queries at a time, or index with a projection "
+                "and ask the run",
+            )
+
+    def fit(self, checkpoint: int, seed: int, tick: Tick) -> EkFac:
+        data = self.train
+        return kfac.fit(self.task, data, checkpoint, len(data), seed, self.batch_size, tick)
+
+    def products(
+        self, checkpoint: int, ekfac: EkFac | None, tick: Tick
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """⟨F q, ∇f_i⟩ ``[query, train]`` and r_i ``[train]``, the rest of the training side."""
+        task, recipe = self.task, self.recipe
+        gradients = Gradients(task.model, task.measurement, task.device, task.autocast)
+        gradients.load(task.checkpoints[checkpoint].load())
+        q = self.embed(gradients, tick)
+        function = self.preconditioner(gradients, checkpoint, ekfac)
+        out = folded = function.apply(q)
+        if recipe.layer_weights:
+            folded = {name: values * self.alpha(name) for name, values in out.items()}
+        if recipe.normalize in ("query", "both"):
+            folded = _divided(folded, _lengths(folded, out if recipe.norm == "step" else q))
+        del q, out  # each is as large as the memory allows
+        kernel, slope, norms = self.stream(gradients, folded, function, tick)
+        weights = self.weights(slope, recipe.train)
+        if recipe.normalize in ("train", "both"):
+            weights = weights * reciprocal(norms * weights.abs())
+        return kernel.double().numpy(), weights.numpy()
+
+    def alpha(self, name: str) -> float:
+        """The weight of a parameter's products."""
+        return dict(self.recipe.layer_weights).get(name, 1.0)
+
+    def weights(self, slope: Tensor, gradient: str) -> Tensor:
+        """w with w·∇f the wanted gradient, float64: −ℓ'(f), or 1 for a margin."""
+        margin = gradient == "margin" and self.task.measurement.has_margin
+        return torch.ones_like(slope).double() if margin else -slope.double()
+
+    def preconditioner(
+        self, gradients: Gradients, checkpoint: int, ekfac: EkFac | None
+    ) -> Preconditioner:
+        if ekfac is None:
+            return Unchanged()
+        recipe, where = self.recipe, f"recipe {self.recipe.name!r}, checkpoint {checkpoint}"
+        record, implied = self.manifest["checkpoints"][checkpoint], None
+        # The schedule of Adam is in another metric than these gradients.
+        if recipe.damping == "auto" and record.get("optimizer") != "adam":
+            implied = implied_damping(self.manifest["checkpoints"], checkpoint)
+        if recipe.curvature == "diagonal":
+            return Factored.of(ekfac, recipe, len(self.train), implied, where)
+        size, collate = self.batch_size, self.task.collate
+        matrix = GaussNewton.of(gradients, self.train, batch_size=size, collate_with=collate)
+        return Solved.of(matrix, ekfac, recipe, implied, where)
+
+    def embed(self, gradients: Gradients, tick: Tick) -> Vectors:
+        """q = w·∇f of every query."""
+        m = len(self.queries)
+        out = {
+            name: torch.zeros(m, *shape, device=gradients.device)
+            for name, shape in shapes_of(self.task.model).items()
+        }
+        for first, size, batch in self.batches(self.queries):
+
+            def consume(name: str, factors: list[Factor], first: int = first) -> None:
+                grad = materialise(factors)
+                out[name][first : first + len(grad)] = grad
+
+            link = self.link(gradients(batch, size, consume)[0], batch)
+            weights = self.weights(link.slope, self.recipe.query).to(gradients.device)
+            for values in out.values():
+                values[first : first + size] *= weights[:, None, None].float()
+            _check(link.loss, sum(v[first : first + size].sum((1, 2)) for v in out.values()), first)
+            tick(size)
+        return out
+
+    def stream(
+        self, gradients: Gradients, folded: Vectors, function: Preconditioner, tick: Tick
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """⟨F q, ∇f_i⟩ ``[query, train]``; ℓ'(f_i) and the lengths of ∇f_i ``[train]``."""
+        n, device = len(self.train), gradients.device
+        normalize = self.recipe.normalize in ("train", "both")
+        kernel = torch.empty(len(self.queries), n)
+        slope, norms = torch.empty(n), torch.empty(n, dtype=torch.float64)
+        for first, size, batch in self.batches(self.train):
+            part = torch.zeros(len(kernel), size, device=device)
+            square = torch.zeros(size, dtype=torch.float64, device=device)
+
+            def consume(
+                name: str, factors: list[Factor], part: Tensor = part, square: Tensor = square
+            ) -> None:
+                for factor in factors:
+                    part.add_(contract(folded[name], factor))
+                if normalize:
+                    own = function.squares(name, factors, self.recipe.norm == "step")
+                    square.add_(own, alpha=self.alpha(name))
+
+            link = self.link(gradients(batch, size, consume)[0], batch)
+            _check(link.loss, part.sum(0), first)
+            span = slice(first, first + size)
+            kernel[:, span], slope[span] = part.cpu(), link.slope
+            norms[span] = square.sqrt().cpu()
+            tick(size)
+        return kernel, slope, norms
+
+    def batches(self, data: Dataset) -> Any:
+        """(first example, number of examples, batch)."""
+        count = len(data)
+        for first, batch in batches(data, 0, count, self.batch_size, self.task.collate):
+            yield first, min(self.batch_size, count - first), batch
+
+    def link(self, output: Tensor, batch: Any) -> Link:
+        with torch.no_grad():
+            return self.task.measurement.link(output.float().cpu(), batch)
+
+
+def contract(q: Tensor, factor: Factor) -> Tensor:
+    """⟨q_a, G_b⟩ ``[m, example]`` of vectors q ``[m, O, I]`` and gradients G, the cheaper way."""
+    m, _, width = q.shape
+    outer = rank_one([factor])
+    if outer is not None and m < width:  # G is not formed
+        left, right = outer.left[:, 0, 0].float(), outer.right[:, 0, 0].float()
+        return torch.einsum("mob,bo->mb", q @ right.T, left)
+    out = q.new_zeros(m, factor.num_examples)
+    if isinstance(factor, Lookup):
+        index, value = factor.index.flatten(), factor.value.float()
+        step = max(1, _TILE_FLOATS // max(1, value.numel()))
+        for first in range(0, m, step):
+            rows = q[first : first + step, index].unflatten(1, factor.index.shape)
+            out[first : first + step] = torch.einsum("mbti,bti->mb", rows, value)
+        return out
+    flat = q.flatten(1)
+    for tile in tiles([factor]):
+        out += flat[:, tile.start : tile.start + tile.values.shape[1]] @ tile.values.T
+    return out
+
+
+def _given(ekfac: EkFac | Sequence[EkFac] | None, number: int) -> list[EkFac] | None:
+    if ekfac is None:
+        return None
+    given = [ekfac] if isinstance(ekfac, EkFac) else list(ekfac)
+    if len(given) != number:
+        raise TaskError(
+            "each checkpoint needs its own curvature",
+            found=f"{len(given)} for {number} checkpoints",
+            wanted="a list of tda.fit_ekfac(task, train, checkpoint), in order",
+        )
+    return given
+
+
+def _require(recipe: Recipe, task: Task) -> None:
+    """Raises RecipeError for what has no meaning in parameter space."""
+    gauss_newton = "gauss_newton" if recipe.curvature == "gram" else "link", "gauss_newton"
+    names = shapes_of(task.model)
+    for broken, what, do in (
+        (
+            recipe.function not in ("identity", "inverse"),
+            f"function={recipe.function!r} needs rows that are stored",
+            "index a run, and ask it",
+        ),
+        (
+            recipe.query_share > 0,
+            "query_share mixes two curvatures, whose Kronecker factors do not add up",
+            "index a run, and ask it",
+        ),
+        (
+            recipe.metric != "any" or task.metric != "euclidean",
+            "gradients in parameter space are not scaled by a metric",
+            "use metric='any' and a task with metric='euclidean', or index a run, and ask it",
+        ),
+        (
+            recipe.curvature == "diagonal" and recipe.basis != "eigen",
+            "the plain diagonal of a curvature depends on the coordinates of the parameters",
+            "set basis='eigen': EK-FAC",
+        ),
+        (
+            recipe.curvature != "identity" and recipe.curvature_rows not in gauss_newton,
+            f"curvature_rows={recipe.curvature_rows!r}, but in parameter space the curvature is "
+            "the Gauss–Newton matrix of the model",
+            "set curvature_rows='gauss_newton'",
+        ),
+        (
+            recipe.curvature == "gram"
+            and (
+                recipe.blocks != "whole"
+                or recipe.rank is not None
+                or recipe.normalize in ("train", "both")
+            ),
+            "conjugate gradients give the whole inverse, of the queries",
+            "set blocks='whole', rank=None, normalize='none' or 'query'; or use EK-FAC",
+        ),
+        (
+            any(name not in names for name, _ in recipe.layer_weights),
+            "layer_weights name a parameter the model does not have",
+            "use the names of model.named_parameters()",
+        ),
+    ):
+        if broken:
+            raise RecipeError(what, where=f"recipe {recipe.name!r}, tda.attribute", do=do)
+
+
+def _check(loss: Tensor, sums: Any, first: int) -> None:
+    bad = ~(torch.isfinite(loss) & torch.isfinite(sums.cpu()))
+    if bad.any():
+        raise GradientError(
+            "the loss or the gradient of an example is not finite",
+            where=f"example {first + int(bad.nonzero()[0])}",
+            wanted="finite numbers",
+            do="mend or leave out the example, or check the checkpoint",
+        )
+
+
+def _lengths(x: Vectors, y: Vectors) -> Tensor:
+    """√⟨x, y⟩ ``[m]``, float64."""
+    products = [(x[name].double() * y[name].double()).sum((1, 2)) for name in x]
+    return torch.stack(products).sum(0).clamp(min=0).sqrt()
+
+
+def _divided(x: Vectors, lengths: Tensor) -> Vectors:
+    scale = reciprocal(lengths)[:, None, None]
+    return {name: values * scale.to(values.dtype) for name, values in x.items()}
+
+
+def _memory(device: torch.device) -> int:
+    """Bytes the device has."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    sysconf: Callable[[str], int] | None = getattr(os, "sysconf", None)  # not on every system
+    return sysconf("SC_PAGE_SIZE") * sysconf("SC_PHYS_PAGES") if sysconf else 16 * 2**30
