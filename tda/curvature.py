@@ -6,7 +6,7 @@ chunks and workers ``merge`` in any order. Only the division by n, in ``mean``, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -111,26 +111,68 @@ class WeightedRows:
         return len(self.rows)
 
 
-def gram(table: Rows, checkpoint: int, weights: Tensor) -> Gram | WeightedRows:
-    """The whole second moment of a table's rows, weights [n]; in its dual form when n < k.
+@dataclass(frozen=True)
+class Part:
+    """The rows of a table at a checkpoint, as they take part in a curvature.
 
-    One pass over the table. Raises StoreError if a chunk is missing or altered.
+    weights: h [rows], or [rows, blocks] where they differ by block, float64 ≥ 0.
     """
-    n, k = table.num_rows, table.dim
-    exact = n * min(n, k) * k < EXACT_FLOPS
-    if n < k:
-        parts = [table.rows(checkpoint, *span).double() for span in row_ranges(table)]
-        return WeightedRows(torch.cat(parts).mul_(weights.double().sqrt()[:, None]))
-    total = Gram.zero(k)
-    for start, stop in row_ranges(table):
-        rows = table.rows(checkpoint, start, stop)
-        total = total.add(rows.double() if exact else rows, weights[start:stop])
-    return total
+
+    table: Rows
+    checkpoint: int
+    weights: Tensor
+
+
+def second_moments(
+    parts: Sequence[Part], blocks: Sequence[slice], *, whole: bool = True
+) -> list[Gram | WeightedRows | Diagonal]:
+    """H = (1/N) Σ h x xᵀ over the N rows of all parts, for every block of columns.
+
+    One pass over each table. ``whole``: the whole matrix, in its dual form where N is smaller than
+    the block; else its diagonal. Raises StoreError if a chunk is missing or altered.
+    """
+    count = sum(part.table.num_rows for part in parts)
+    widths = [block.stop - block.start for block in blocks]
+    kept: dict[int, list[Tensor]] = {b: [] for b, k in enumerate(widths) if whole and count < k}
+    kind = Gram if whole else Diagonal
+    sums: list[Gram | Diagonal] = [kind.zero(0 if b in kept else k) for b, k in enumerate(widths)]
+    for part in parts:
+        for start, stop in row_ranges(part.table):
+            rows = part.table.rows(part.checkpoint, start, stop)
+            for b, block in enumerate(blocks):
+                weights = part.weights[start:stop]
+                weights = weights if weights.ndim == 1 else weights[:, b]
+                if b in kept:
+                    kept[b].append(rows[:, block].double() * weights.sqrt()[:, None])
+                    continue
+                exact = count * widths[b] ** 2 < EXACT_FLOPS
+                sums[b] = sums[b].add(rows[:, block].to(_DTYPES[exact]), weights)
+    return [WeightedRows(torch.cat(kept[b])) if b in kept else sums[b] for b in range(len(widths))]
+
+
+_DTYPES = {True: torch.float64, False: torch.float32}
+
+
+def gram(table: Rows, checkpoint: int, weights: Tensor) -> Gram | WeightedRows:
+    """The whole second moment of a table's rows, weights [n]; in its dual form when n < k."""
+    part = Part(table, checkpoint, weights.double())
+    found = second_moments([part], [slice(0, table.dim)])[0]
+    assert not isinstance(found, Diagonal)
+    return found
 
 
 def diagonal(table: Rows, checkpoint: int, weights: Tensor) -> Diagonal:
-    """The diagonal of the second moment of a table's rows, weights [n]; one pass."""
-    total = Diagonal.zero(table.dim)
-    for start, stop in row_ranges(table):
-        total = total.add(table.rows(checkpoint, start, stop), weights[start:stop])
-    return total
+    """The diagonal of the second moment of a table's rows, weights [n]."""
+    part = Part(table, checkpoint, weights.double())
+    found = second_moments([part], [slice(0, table.dim)], whole=False)[0]
+    assert isinstance(found, Diagonal)
+    return found
+
+
+def squared_norms(table: Rows, checkpoint: int, blocks: Sequence[slice]) -> Tensor:
+    """‖x_i‖² of every row in every block of columns [n, blocks] float64; one pass."""
+    parts = []
+    for span in row_ranges(table):
+        rows = table.rows(checkpoint, *span).double()
+        parts.append(torch.stack([rows[:, block].square().sum(1) for block in blocks], 1))
+    return torch.cat(parts)

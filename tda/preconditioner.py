@@ -7,7 +7,7 @@ F(H) x = V F(σ) Vᵀx + F(0) (x − VVᵀx). The last term is the null space, e
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -35,6 +35,50 @@ def inverse_root(damping: float) -> SpectralFunction:
     return lambda eigenvalues: (eigenvalues + damping).rsqrt()
 
 
+def complement(damping: float) -> SpectralFunction:
+    """F(σ) = (1 − σ)/λ: of mean_i h_i/(λ + h_i‖x_i‖²) x_i x_iᵀ it is mean_i (h_i x_i x_iᵀ + λI)⁻¹.
+
+    Sherman and Morrison 1950, term by term (DataInf: Kwon et al. 2024, eq. 5). σ never passes 1.
+    """
+    return lambda eigenvalues: (1 - eigenvalues).clamp(min=0) / damping
+
+
+def elapsed(time: float, damping: float = 0.0) -> SpectralFunction:
+    """F(σ) = ∫₀^τ e^{−sσ} ds = (1 − e^{−τσ})/σ, τ at σ = 0; σ stands for σ + λ."""
+
+    def function(eigenvalues: Tensor) -> Tensor:
+        x = time * (eigenvalues + damping)
+        zero = x == 0
+        return time * torch.where(zero, 1, -torch.expm1(-x) / x.masked_fill(zero, 1))
+
+    return function
+
+
+def decay(time: float, damping: float = 0.0) -> SpectralFunction:
+    """F(σ) = e^{−τ(σ + λ)}."""
+    return lambda eigenvalues: torch.exp(-time * (eigenvalues + damping))
+
+
+def above(cut: float, function: SpectralFunction) -> SpectralFunction:
+    """F(σ) where σ ≥ cut > 0, else 0."""
+
+    def truncated(eigenvalues: Tensor) -> Tensor:
+        inside = eigenvalues >= cut
+        return torch.where(inside, function(eigenvalues.clamp(min=cut)), 0)
+
+    return truncated
+
+
+def nowhere(eigenvalues: Tensor) -> Tensor:
+    """F(σ) = 0."""
+    return torch.zeros_like(eigenvalues)
+
+
+def squared(function: SpectralFunction) -> SpectralFunction:
+    """F(σ)²."""
+    return lambda eigenvalues: function(eigenvalues).square()
+
+
 @dataclass(frozen=True)
 class Spectrum:
     """Eigenvalues σ [r] ≥ 0 and vectors V [k, r] of a curvature over n = ``count`` rows, float64.
@@ -58,6 +102,14 @@ class Spectrum:
         """Whether H can be inverted without damping."""
         smallest = float(self.eigenvalues.min()) if len(self.eigenvalues) else 0.0
         return len(self.eigenvalues) == self.dim and smallest > self.resolution
+
+    def cut(self, rank: int) -> float:
+        """The smallest of the ``rank`` largest eigenvalues that can be told from 0; inf if none.
+
+        Equal eigenvalues are taken together: which of them came first depends on the basis.
+        """
+        resolved = self.eigenvalues[self.eigenvalues > self.resolution].sort(descending=True).values
+        return float(resolved[min(rank, len(resolved)) - 1]) if len(resolved) else float("inf")
 
     def apply(self, function: SpectralFunction, x: Tensor) -> Tensor:
         """F(H) x for every row of x [m, k], in x's dtype."""
@@ -110,6 +162,54 @@ def nothing(dim: int) -> Spectrum:
     return Spectrum(empty, torch.zeros(dim, 0, dtype=torch.float64), dim, count=0)
 
 
+@dataclass(frozen=True)
+class Block:
+    """F of one block of a curvature: x ↦ F(H) x on these columns, H damped by λ."""
+
+    columns: slice
+    spectrum: Spectrum
+    function: SpectralFunction
+    damping: float = 0.0
+
+    @property
+    def width(self) -> int:
+        return self.columns.stop - self.columns.start
+
+    @property
+    def spread(self) -> float:
+        """How many times larger F is somewhere than at the mean eigenvalue."""
+        known = self.spectrum.eigenvalues
+        mean = known.new_tensor([self.spectrum.trace / self.spectrum.dim, 0.0])
+        values = self.function(torch.cat([mean, known]))
+        return float(values.max() / values[0]) if values[0] > 0 else 1.0
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A function of a curvature that is whole, or a block a layer."""
+
+    blocks: tuple[Block, ...]
+
+    def apply(self, x: Tensor) -> Tensor:
+        """F x for every row of x [m, k], in x's dtype."""
+        return torch.cat([b.spectrum.apply(b.function, x[:, b.columns]) for b in self.blocks], 1)
+
+    def quadratic(self, x: Tensor) -> Tensor:
+        """xᵀF x [m] float64 ≥ 0 for every row of x [m, k]."""
+        parts = [b.spectrum.quadratic(b.function, x[:, b.columns]) for b in self.blocks]
+        return torch.stack(parts).sum(0)
+
+    def with_functions(self, change: Callable[[Block], SpectralFunction]) -> Operator:
+        """Another function of each block."""
+        return Operator(tuple(replace(block, function=change(block)) for block in self.blocks))
+
+    @property
+    def damping(self) -> float:
+        """λ; its mean over dimensions where blocks have their own."""
+        total = sum(block.width * block.damping for block in self.blocks)
+        return total / sum(block.width for block in self.blocks)
+
+
 def decompose(moment: Gram | WeightedRows | Diagonal) -> Spectrum:
     """The spectrum of a finished second moment; O(min(n, k)³)."""
     if isinstance(moment, Diagonal):
@@ -140,22 +240,36 @@ _EPS = torch.finfo(torch.float64).eps
 def absolute_damping(spectrum: Spectrum, damping: float | Literal["auto"], where: str) -> float:
     """λ in units of the eigenvalues: damping · tr(H)/k, or tr(H)/n for "auto".
 
-    Raises RecipeError if H vanishes, or if it has to be damped and λ is 0.
+    Raises RecipeError if H vanishes.
     """
-    if spectrum.trace == 0:
+    require_curvature(spectrum.trace, where)
+    return relative(spectrum.trace, spectrum.dim, spectrum.count, damping)
+
+
+def relative(trace: float, dim: int, num_train: int, damping: float | Literal["auto"]) -> float:
+    """damping · tr(H)/k, or tr(H)/n for "auto"."""
+    return trace / num_train if damping == "auto" else damping * trace / dim
+
+
+def require_curvature(trace: float, where: str) -> None:
+    """Raises RecipeError if H = 0."""
+    if trace == 0:
         raise RecipeError(
             "the curvature is zero: no training example has a gradient at this checkpoint",
             where=where,
             do="use a recipe without curvature (grad_dot, grad_cos), or an earlier checkpoint",
         )
-    if damping == "auto":
-        return spectrum.trace / spectrum.count
-    if damping == 0 and not spectrum.full_rank:
-        rank = int((spectrum.eigenvalues > spectrum.resolution).sum())
-        raise RecipeError(
-            "damping=0 asks for the inverse of a curvature that has none",
-            where=where,
-            found=f"rank {rank} of {spectrum.dim} dimensions, {spectrum.count} training examples",
-            do="use damping='auto' or a positive multiple of the mean eigenvalue such as 0.1",
-        )
-    return damping * spectrum.trace / spectrum.dim
+
+
+def require_invertible(spectrum: Spectrum, damping: float, where: str) -> None:
+    """Raises RecipeError if λ = 0 and H has no inverse."""
+    if damping > 0 or spectrum.full_rank:
+        return
+    rank = int((spectrum.eigenvalues > spectrum.resolution).sum())
+    raise RecipeError(
+        "damping=0 asks for the inverse of a curvature that has none",
+        where=where,
+        found=f"rank {rank} of {spectrum.dim} dimensions, {spectrum.count} training examples",
+        do="use damping='auto' or a positive multiple of the mean eigenvalue such as 0.1, or "
+        "rank for the pseudo-inverse",
+    )

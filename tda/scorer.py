@@ -17,18 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tda.cache import Cache
-from tda.curvature import diagonal, gram, row_ranges
+from tda.curvature import row_ranges
+from tda.embedding import Embedding, reciprocal
 from tda.errors import RecipeError, StoreError
-from tda.preconditioner import (
-    SpectralFunction,
-    Spectrum,
-    absolute_damping,
-    decompose,
-    identity,
-    inverse,
-    nothing,
-)
+from tda.operators import Operators
 from tda.ranking import Heaps, Ranking, TopK, clipped, ranked
 from tda.recipe import Recipe
 
@@ -43,6 +35,7 @@ __all__ = [
     "ScoreMatrix",
     "TopK",
     "block",
+    "damping_used",
     "prepare",
     "scores",
     "self_influence",
@@ -57,12 +50,17 @@ TASKS = 256  # Dask's overhead per task is milliseconds: few and coarse
 
 @dataclass(frozen=True)
 class Prepared:
-    """A query set under a recipe: queries, C arrays [m, k], and row_weights [C, n], all float32."""
+    """A query set under a recipe.
+
+    queries: C arrays [m, k], float32, or float64 where float32 would lose their small parts.
+    row_weights: [C, n] float32. damping: λ of every checkpoint; empty without a curvature.
+    """
 
     recipe: Recipe
     train: Table
     queries: tuple[Tensor, ...]
     row_weights: Tensor
+    damping: tuple[float, ...] = ()
 
     @property
     def num_queries(self) -> int:
@@ -79,168 +77,58 @@ def prepare(store: Store, recipe: Recipe, queries: Table) -> Prepared:
 
     Raises StoreError if a table is unfinished, RecipeError if the run lacks what the recipe needs.
     """
-    method = _Method.of(store, recipe)
-    queries.require_complete()
-    weights = _gradient_weights(queries, recipe.query, method.has_margin)
-    folded = [method.fold_queries(queries, c, w) for c, w in enumerate(weights)]
-    return Prepared(recipe, method.train, tuple(folded), method.row_weights().float())
+    embedding = Embedding.of(store, recipe, queries)
+    weights = embedding.query_weights()
+    folded, damping = [], []
+    for group in embedding.groups:
+        folded += [embedding.fold(group, weights[group[0]])] * len(group)
+        damping += [embedding.operators.at(group).damping] * len(group)
+    known = tuple(damping) if recipe.curvature != "identity" else ()
+    rows = embedding.row_weights().float()
+    return Prepared(recipe, embedding.train, tuple(folded), rows, known)
+
+
+def damping_used(store: Store, recipe: Recipe, queries: Table | None = None) -> list[float]:
+    """λ of every checkpoint, in units of the curvature's eigenvalues; empty without a curvature.
+
+    Where blocks have their own, its mean over dimensions. ``queries`` matter to recipes whose
+    curvature is partly theirs. Raises as `prepare` does.
+    """
+    if recipe.curvature == "identity":
+        return []
+    operators = Operators.of(store, recipe, queries)
+    return [operators.at(group).damping for group in operators.groups for _ in group]
 
 
 def self_influence(store: Store, recipe: Recipe) -> np.ndarray:
     """Score of every training example for itself, as if it were also the query [n] float32.
 
     The diagonal of ``scores`` with the training set as query set, without making the rest:
-    scale · Σ_c w_c · w_q w_t ‖∇f‖_F², or scale · (Σ_c w_c · w_q ‖∇f‖_F²) · (Σ_c w_c · w_t) for
-    product_of_means. A normalised side has length 1 (with both, an example scores ±1, or 0 if its
-    gradient vanishes).
+    scale · Σ_c w_c · w_q w_t ⟨F ∇f, ∇f⟩ / norms, or, for product_of_means, scale ·
+    (Σ_c w_c · w_q ⟨F ∇f, ∇f⟩) · (Σ_c w_c · w_t). With both sides of unit F-norm an example scores
+    ±1, or 0 if its gradient vanishes.
     """
-    method, sides = _Method.of(store, recipe), recipe.normalize
-    query = _gradient_weights(method.train, recipe.query, method.has_margin)
-    train = method.train_weights()
-    lengths = torch.stack([method.lengths(c) for c in range(len(train))])
-    one = (lengths > 0).double()
-    left = query.sign() * one if sides in ("query", "both") else query * lengths
-    if recipe.combine == "product_of_means":
-        total = (method.share * left * lengths).sum(0) * (method.share * train).sum(0)
-    else:
-        right = train.sign() * one if sides in ("train", "both") else train * lengths
-        total = (method.share * left * right).sum(0)
-    return (method.scale * total).numpy().astype(np.float32)
-
-
-@dataclass(frozen=True)
-class _Method:
-    """A recipe bound to a run."""
-
-    recipe: Recipe
-    train: Table
-    cache: Cache
-    has_margin: bool
-    checkpoint_weights: list[float]
-
-    @staticmethod
-    def of(store: Store, recipe: Recipe) -> _Method:
-        train = store.table("train")
-        train.require_complete()
-        has_margin = bool(store.manifest["measurement"]["has_margin"])
-        weights = _checkpoint_weights(store.manifest["checkpoints"], recipe)
-        return _Method(recipe, train, Cache.of(store), has_margin, weights)
-
-    @property
-    def scale(self) -> float:
-        return 1 / self.train.num_rows if self.recipe.scale == "inverse_n" else 1.0
-
-    @property
-    def share(self) -> Tensor:
-        """w_c [C, 1] float64."""
-        return torch.tensor(self.checkpoint_weights, dtype=torch.float64)[:, None]
-
-    def train_weights(self) -> Tensor:
-        """w_i,c [C, n] float64."""
-        return _gradient_weights(self.train, self.recipe.train, self.has_margin)
-
-    def preconditioner(self, checkpoint: int) -> tuple[Spectrum, SpectralFunction]:
-        """H_c's spectrum and F."""
-        recipe = self.recipe
-        if recipe.curvature == "identity":
-            return nothing(self.train.dim), identity
-        choices = (checkpoint, recipe.curvature, recipe.curvature_rows)
-        arrays = self.cache.get("spectrum", choices, lambda: self._decompose(checkpoint))
-        spectrum = Spectrum.from_arrays(arrays)
-        where = f"recipe {recipe.name!r}, checkpoint {checkpoint}"
-        return spectrum, inverse(absolute_damping(spectrum, recipe.damping, where))
-
-    def _decompose(self, checkpoint: int) -> dict[str, np.ndarray]:
-        rows = self.recipe.curvature_rows
-        if rows == "link":
-            weights = _column(self.train, "curvature")
-        else:
-            weights = _gradient_weights(self.train, rows, self.has_margin).square()
-        moment = gram if self.recipe.curvature == "gram" else diagonal
-        return decompose(moment(self.train, checkpoint, weights[checkpoint])).arrays()
-
-    def fold_queries(self, queries: Table, checkpoint: int, weights: Tensor) -> Tensor:
-        """scale · w_c · F(H) q [/ ‖q‖_F]  [m, k] float32, computed in float64."""
-        spectrum, function = self.preconditioner(checkpoint)
-        factor = self.scale * self.checkpoint_weights[checkpoint]
-        unit = self.recipe.normalize in ("query", "both")
-        folded = torch.empty(queries.num_rows, queries.dim)
-        for start, stop in row_ranges(queries):
-            q = queries.rows(checkpoint, start, stop).double() * weights[start:stop, None]
-            out = spectrum.apply(function, q)
-            if unit:
-                out *= _reciprocal((q * out).sum(1).clamp(min=0).sqrt())[:, None]
-            folded[start:stop] = factor * out
-        return folded
-
-    def lengths(self, checkpoint: int) -> Tensor:
-        """‖∇f_i,c‖_F of every training row [n] float64."""
-        recipe = self.recipe
-        method = (recipe.curvature, recipe.curvature_rows, recipe.function, recipe.damping)
-
-        def compute() -> dict[str, np.ndarray]:
-            spectrum, function = self.preconditioner(checkpoint)
-            parts = []
-            for span in row_ranges(self.train):
-                rows = self.train.rows(checkpoint, *span)
-                largest = rows.abs().amax(1)  # squares of small gradients leave float32
-                squares = spectrum.quadratic(function, rows * _reciprocal(largest)[:, None])
-                parts.append(squares.sqrt() * largest)
-            return {"lengths": torch.cat(parts).numpy()}
-
-        arrays = self.cache.get("lengths", (checkpoint, *method), compute)
-        return torch.from_numpy(arrays["lengths"])
-
-    def row_weights(self) -> Tensor:
-        """r [C, n] float64: everything that touches the training side."""
-        weights = self.train_weights()
-        if self.recipe.combine == "product_of_means":
-            return (self.share * weights).sum(0, keepdim=True).expand_as(weights)
-        if self.recipe.normalize in ("train", "both"):
-            norms = torch.stack([self.lengths(c) for c in range(len(weights))]) * weights.abs()
-            return weights * _reciprocal(norms)
-        return weights
-
-
-def _reciprocal(norms: Tensor) -> Tensor:
-    """1/norm, 0 for a zero gradient: it has no direction, and no influence."""
-    return torch.where(norms > 0, 1 / norms, 0)
-
-
-def _checkpoint_weights(checkpoints: list[dict[str, Any]], recipe: Recipe) -> list[float]:
-    if recipe.checkpoint_weight == "mean":
-        return [1 / len(checkpoints)] * len(checkpoints)
-    for checkpoint in checkpoints:
-        if checkpoint.get("learning_rate") is None:
-            raise RecipeError(
-                "the learning rate of a checkpoint is not known",
-                where=f"recipe {recipe.name!r}, checkpoint {checkpoint['name']!r}",
-                wanted="checkpoint_weight='learning_rate' needs one for every checkpoint",
-                do="index with checkpoints that carry a learning rate, or use "
-                "dataclasses.replace(recipe, checkpoint_weight='mean')",
-            )
-    return [float(checkpoint["learning_rate"]) for checkpoint in checkpoints]
-
-
-def _gradient_weights(table: Table, gradient: str, has_margin: bool) -> Tensor:
-    """w [C, rows] float64 with w·∇f the wanted gradient: −ℓ'(f), or 1 for a margin."""
-    slope = _column(table, "slope")
-    return torch.ones_like(slope) if gradient == "margin" and has_margin else -slope
-
-
-def _column(table: Table, name: str) -> Tensor:
-    values = torch.from_numpy(table.column(name).astype(np.float64))
-    wrong = ~torch.isfinite(values) | ((values < 0) & (name == "curvature"))
-    if wrong.any():
-        checkpoint, row = wrong.nonzero()[0].tolist()
-        raise StoreError(
-            f"column {name!r} holds a value no score can be made from",
-            where=f"table {table.name!r}, checkpoint {checkpoint}, example {row}",
-            found=values[checkpoint, row].item(),
-            wanted="a number ≥ 0" if name == "curvature" else "a finite number",
-            do="run `tda verify`; if the store is sound, index this example again",
+    embedding = Embedding.of(store, recipe)
+    if store.manifest.get("metric") == "adam_update":
+        raise RecipeError(
+            "self-influence needs each training example as a query, but this run holds its update",
+            where=f"recipe {recipe.name!r}",
+            do="use a run of another metric",
         )
-    return values
+    query, train = embedding.query_weights(), embedding.train_weights()
+    own = embedding.own_products()
+    if recipe.normalize != "none":
+        norms = [embedding.lengths(c, recipe.norm) for c in range(len(train))]
+        shorter = reciprocal(torch.stack(norms))
+        if recipe.normalize in ("query", "both"):
+            query = query.sign() * shorter
+        if recipe.normalize in ("train", "both"):
+            train = train.sign() * shorter
+    if recipe.combine == "product_of_means":
+        total = (embedding.shares * query * own).sum(0) * (embedding.shares * train).sum(0)
+    else:
+        total = (embedding.shares * query * own * train).sum(0)
+    return (embedding.scale * total).numpy().astype(np.float32)
 
 
 def block(prepared: Prepared, start: int, stop: int) -> Tensor:
@@ -274,12 +162,13 @@ def _query_tiles(prepared: Prepared) -> Iterator[tuple[int, Prepared]]:
 
 
 def _tile(prepared: Prepared, rows: list[Tensor], low: int, first_query: int) -> Tensor:
-    """Σ_c (Q_c X_cᵀ) · r_c  [m, r]; refuses to return a NaN."""
+    """Σ_c (Q_c X_cᵀ) · r_c  [m, r] float32; refuses to return a NaN."""
     total = None
     for q, x, weight in zip(prepared.queries, rows, prepared.row_weights, strict=True):
-        product = (q @ x.T).mul_(weight[low : low + len(x)])
-        total = product if total is None else total.add_(product)
+        product = (q @ x.T.to(q.dtype)).mul_(weight[low : low + len(x)])
+        total = product if total is None else total + product
     assert total is not None
+    total = total.float()
     if not torch.isfinite(total.sum()) and not torch.isfinite(total).all():
         query, row = (~torch.isfinite(total)).nonzero()[0].tolist()
         raise StoreError(

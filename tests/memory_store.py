@@ -8,9 +8,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import naive
 import numpy as np
 import torch
 from torch import Tensor
+
+from tda.errors import StoreError
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ class MemoryStore:
     tables: dict[str, MemoryTable]
 
     def table(self, name: str) -> MemoryTable:
+        if name not in self.tables:
+            raise StoreError("there is no such table", where=name)
         return self.tables[name]
 
     @property
@@ -74,12 +79,31 @@ class MemoryStore:
         changed = replace(self.train, reads=[], **changes)
         return replace(self, tables={**self.tables, "train": changed})
 
+    def with_manifest(self, **changes: Any) -> MemoryStore:
+        return replace(self, manifest={**self.manifest, **changes})
+
+    def with_checkpoints(self, *changes: dict[str, Any]) -> MemoryStore:
+        """Every checkpoint's record changed by its own dict."""
+        records = zip(self.manifest["checkpoints"], changes, strict=True)
+        return self.with_manifest(checkpoints=[{**record, **new} for record, new in records])
+
+    def with_curvature(self, num_rows: int = 60) -> MemoryStore:
+        """With a table of Gauss–Newton rows, weighted."""
+        rng = np.random.default_rng(9)
+        shape = (self.train.num_checkpoints, num_rows)
+        spread = np.exp(rng.normal(size=(len(self.train.values), 1, self.train.dim)))
+        rows = (rng.normal(size=(*shape, self.train.dim)) * spread).astype(np.float32)
+        weights = rng.uniform(0, 1, shape).astype(np.float32)
+        table = MemoryTable("curvature", rows, {"curvature": weights}, self.train.chunk_rows)
+        return replace(self, tables={**self.tables, "curvature": table})
+
     def mark(self) -> MemoryStore:
-        done = self.path / "train" / "done"
-        done.mkdir(parents=True, exist_ok=True)
-        for c, rows in enumerate(self.train.values):
-            digest = hashlib.sha256(rows.tobytes()).hexdigest()
-            (done / f"c{c}-0.json").write_text(json.dumps({"config": digest}))
+        for name, table in self.tables.items():
+            done = self.path / name / "done"
+            done.mkdir(parents=True, exist_ok=True)
+            for c, rows in enumerate(table.values):
+                digest = hashlib.sha256(rows.tobytes()).hexdigest()
+                (done / f"c{c}-0.json").write_text(json.dumps({"config": digest}))
         return self
 
 
@@ -109,11 +133,41 @@ def make_store(
         return MemoryTable(name, values, columns, chunk_rows)
 
     manifest = {
+        "layers": [
+            {"name": name, "offset": low, "size": high - low}
+            for name, low, high in (("first", 0, 3), ("middle", 3, 7), ("last", 7, dim))
+        ],
+        "projection": {"kind": "identity", "dim": dim},
         "measurement": {"name": "made", "digest": "0", "has_margin": has_margin},
         "checkpoints": [
-            {"name": f"step {c}", "step": c, "learning_rate": 0.1 / (c + 1), "digest": str(c)}
+            {
+                "name": f"step {c}",
+                "step": 10 * (c + 1),
+                "learning_rate": 0.1 / (c + 1),
+                "digest": str(c),
+            }
             for c in range(num_checkpoints)
         ],
     }
     tables = {"train": table("train", num_train), "queries/q": table("queries/q", num_queries)}
     return MemoryStore(path, manifest, tables)
+
+
+def exact_rows(store: MemoryStore, name: str = "train") -> list[naive.Rows]:
+    """A table's rows as the oracle takes them, float64."""
+    table = store.table(name)
+    has_margin = store.manifest["measurement"]["has_margin"]
+    found = []
+    for c, values in enumerate(table.values.astype(np.float64)):
+        slope = table.columns["slope"][c].astype(np.float64)
+        found.append(
+            naive.Rows(
+                df=values,
+                dl=slope[:, None] * values,
+                loss=np.zeros(len(values)),
+                p=1 + slope if has_margin else np.full(len(values), np.nan),
+                curvature=table.columns["curvature"][c].astype(np.float64),
+                has_margin=has_margin,
+            )
+        )
+    return found

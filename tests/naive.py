@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
+import scipy.linalg
 import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
@@ -132,8 +133,8 @@ def trak(queries: Sequence[Rows], train: Sequence[Rows], damping: float | str = 
     for q, t in zip(queries, train, strict=True):
         phi, n = t.margin, len(t.df)
         second_moment = phi.T @ phi
-        damped = second_moment + n * absolute(damping, second_moment / n, n) * np.eye(phi.shape[1])
-        kernels.append(q.margin @ np.linalg.solve(damped, t.df.T))
+        total = second_moment + n * absolute(damping, second_moment / n, n) * np.eye(phi.shape[1])
+        kernels.append(q.margin @ np.linalg.solve(total, t.df.T))
         weights.append(1 - t.p if t.has_margin else -t.slope)
     return np.mean(kernels, axis=0) * np.mean(weights, axis=0)
 
@@ -142,13 +143,134 @@ def influence(
     queries: Sequence[Rows], train: Sequence[Rows], damping: float | str = "auto"
 ) -> Array:
     """mean_c (1/n) ∇ℓ_qᵀ (H + λI)⁻¹ ∇ℓ_i, H = mean_i ℓ''_i ∇f_i ∇f_iᵀ (Koh & Liang 2017, eq. 2)."""
+    return with_curvature(queries, train, [link_hessian(t) for t in train], damping)
+
+
+def d_trak(queries: Sequence[Rows], train: Sequence[Rows], damping: float | str = "auto") -> Array:
+    """mean_c φ_q (ΦᵀΦ + nλI)⁻¹ φ_i (Zheng et al. 2024, §3): the kernel of TRAK alone."""
     scores = []
     for q, t in zip(queries, train, strict=True):
-        n, k = t.df.shape
-        hessian = (t.curvature[:, None] * t.df).T @ t.df / n
-        damped = hessian + absolute(damping, hessian, n) * np.eye(k)
-        scores.append(q.dl @ np.linalg.solve(damped, t.dl.T) / n)
+        n, moment = len(t.df), t.margin.T @ t.margin
+        scores.append(q.margin @ np.linalg.solve(n * damped(moment / n, damping, n), t.margin.T))
     return np.mean(scores, axis=0)
+
+
+def relatif(
+    queries: Sequence[Rows], train: Sequence[Rows], damping: float | str = "auto", *, step: bool
+) -> Array:
+    """Influence over ‖(H+λI)⁻¹∇ℓ_i‖ (θ), or √(∇ℓ_iᵀ(H+λI)⁻¹∇ℓ_i) (ℓ) (Barshan et al. 2020, §4)."""
+    scores = []
+    for q, t in zip(queries, train, strict=True):
+        n = len(t.df)
+        steps = np.linalg.solve(damped(link_hessian(t), damping, n), t.dl.T).T
+        price = np.sqrt((steps**2).sum(1) if step else (t.dl * steps).sum(1))
+        scores.append(q.dl @ steps.T / price / n)
+    return np.mean(scores, axis=0)
+
+
+def datainf(
+    queries: Sequence[Rows],
+    train: Sequence[Rows],
+    layers: Sequence[slice],
+    damping: float | str = 0.1,
+) -> Array:
+    """Σ_layer (1/n) ∇ℓ_qᵀ [mean_j (∇ℓ_j∇ℓ_jᵀ + λI)⁻¹] ∇ℓ_i, every inverse by itself (eq. 5)."""
+    scores = []
+    for q, t in zip(queries, train, strict=True):
+        n, total = len(t.df), 0
+        for layer in layers:
+            g = t.dl[:, layer]
+            lam = absolute(damping, g.T @ g / n, n)
+            inverses = [np.linalg.inv(np.outer(x, x) + lam * np.eye(g.shape[1])) for x in g]
+            total = total + q.dl[:, layer] @ np.mean(inverses, axis=0) @ g.T / n
+        scores.append(total)
+    return np.mean(scores, axis=0)
+
+
+def arnoldi(queries: Sequence[Rows], train: Sequence[Rows], rank: int) -> Array:
+    """(1/n) Σ_{j ≤ r} ⟨∇ℓ_q, v_j⟩⟨v_j, ∇ℓ_i⟩/σ_j (Schioppa et al. 2022, §3)."""
+    scores = []
+    for q, t in zip(queries, train, strict=True):
+        sigma, v = np.linalg.eigh(link_hessian(t))
+        sigma, v = sigma[::-1][:rank], v[:, ::-1][:, :rank]
+        scores.append((q.dl @ v / sigma) @ (t.dl @ v).T / len(t.df))
+    return np.mean(scores, axis=0)
+
+
+def trackstar(
+    queries: Sequence[Rows],
+    train: Sequence[Rows],
+    layers: Sequence[slice],
+    share: float = 0.9,
+    damping: float | str = "auto",
+) -> Array:
+    """cos(R^{−½}∇ℓ_q, R^{−½}∇ℓ_i), R = s·R_queries + (1−s)·R_train by layer (Chang et al. 2025)."""
+    scores = []
+    for q, t in zip(queries, train, strict=True):
+        n, k = t.dl.shape
+        root = np.zeros((k, k))
+        for layer in layers:
+            a, b = q.dl[:, layer], t.dl[:, layer]
+            mixed = share * a.T @ a / len(a) + (1 - share) * b.T @ b / n
+            sigma, v = np.linalg.eigh(damped(mixed, damping, n))
+            root[layer, layer] = v @ np.diag(sigma**-0.5) @ v.T
+        scores.append(unit(q.dl @ root) @ unit(t.dl @ root).T)
+    return np.mean(scores, axis=0)
+
+
+def less(
+    queries: Sequence[Rows], updates: Sequence[Array], learning_rates: Sequence[float]
+) -> Array:
+    """Σ_c η_c cos(∇ℓ_q, Γ_i) (Xia et al. 2024, definition 3.1)."""
+    terms = zip(queries, updates, learning_rates, strict=True)
+    return np.sum([eta * unit(q.dl) @ unit(gamma).T for q, gamma, eta in terms], axis=0)
+
+
+def source(
+    queries: Sequence[Rows],
+    train: Sequence[Rows],
+    segments: Sequence[Sequence[int]],
+    times: Sequence[float],
+    weight_decay: float = 0.0,
+) -> Array:
+    """(1/n) Σ_l ∇ℓ_qᵀ Π_{j>l} e^{−τ_jH_j} ∫₀^{τ_l} e^{−sH_l} ds ḡ_l (Bae et al. 2024, §3).
+
+    The integral is a block of the exponential of [[−H, I], [0, 0]]: no inverse, no eigenvalues.
+    """
+    q, n, k = queries[-1].dl, len(train[0].df), train[0].df.shape[1]
+    total = np.zeros((len(q), n))
+    for segment, time in reversed(list(zip(segments, times, strict=True))):
+        hessian = np.mean([link_hessian(train[c]) for c in segment], axis=0)
+        hessian = hessian + weight_decay * np.eye(k)
+        both = np.block([[-hessian, np.eye(k)], [np.zeros((k, 2 * k))]])
+        grown = scipy.linalg.expm(time * both)
+        total += q @ grown[:k, k:] @ np.mean([train[c].dl for c in segment], axis=0).T / n
+        q = q @ grown[:k, :k]
+    return total
+
+
+def with_curvature(
+    queries: Sequence[Rows],
+    train: Sequence[Rows],
+    curvatures: Sequence[Array],
+    damping: float | str = "auto",
+) -> Array:
+    """mean_c (1/n) ∇ℓ_qᵀ (H + λI)⁻¹ ∇ℓ_i for any H [k, k] a checkpoint."""
+    scores = [
+        q.dl @ np.linalg.solve(damped(H, damping, len(t.df)), t.dl.T) / len(t.df)
+        for q, t, H in zip(queries, train, curvatures, strict=True)
+    ]
+    return np.mean(scores, axis=0)
+
+
+def link_hessian(t: Rows) -> Array:
+    """mean_i ℓ''_i ∇f_i ∇f_iᵀ [k, k]."""
+    return (t.curvature[:, None] * t.df).T @ t.df / len(t.df)
+
+
+def damped(curvature: Array, damping: float | str, num_train: int) -> Array:
+    """H + λI."""
+    return curvature + absolute(damping, curvature, num_train) * np.eye(len(curvature))
 
 
 def absolute(damping: float | str, curvature: Array, num_train: int) -> float:
@@ -165,13 +287,16 @@ def unit(matrix: Array) -> Array:
 def all_recipes(
     queries: Sequence[Rows], train: Sequence[Rows], learning_rates: Sequence[float]
 ) -> dict[str, Array]:
-    """Every published method at its default damping, by name."""
+    """Every published method that needs rows alone, at its default damping, by name."""
     return {
         "grad_dot": grad_dot(queries, train),
         "grad_cos": grad_cos(queries, train),
         "tracin": tracin(queries, train, learning_rates),
         "trak": trak(queries, train),
         "influence": influence(queries, train),
+        "d_trak": d_trak(queries, train),
+        "relatif": relatif(queries, train, step=True),
+        "relatif_l": relatif(queries, train, step=False),
     }
 
 

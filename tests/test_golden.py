@@ -78,7 +78,15 @@ def test_rows_and_columns_are_the_same(golden: Run, remade: Run, name: str):
         assert float(((ours - theirs) / scale).abs().max()) < BF16_STEP
 
 
-@pytest.mark.parametrize("recipe", list(tda.RECIPES))
+ANSWERED = [  # of a run without layers, curvature rows, eigenbasis or optimizers
+    name
+    for name, r in tda.RECIPES.items()
+    if (r.blocks, r.basis, r.metric, r.space) == ("whole", "any", "any", "stored")
+    and r.curvature_rows != "gauss_newton"
+]
+
+
+@pytest.mark.parametrize("recipe", ANSWERED)
 def test_scores_are_the_same(golden: Run, remade: Run, recipe: str):
     ours, theirs = (run.scores("test", recipe).compute() for run in (remade, golden))
     assert np.corrcoef(ours.ravel(), theirs.ravel())[0, 1] > 0.9999

@@ -18,6 +18,7 @@ from tda.preconditioner import (
     inverse,
     inverse_root,
     nothing,
+    require_invertible,
 )
 
 
@@ -174,13 +175,16 @@ def test_without_damping_the_inverse_is_exact_or_refused():
     found = spectrum(rows, weights)
     x = vectors(3, 8)
     exact = np.linalg.solve(explicit(rows, weights), x.T).T
-    undamped = inverse(absolute_damping(found, 0, ""))
+    assert absolute_damping(found, 0, "") == 0
+    require_invertible(found, 0, "")
+    undamped = inverse(0)
     np.testing.assert_allclose(found.apply(undamped, torch.from_numpy(x)), exact, rtol=1e-8)
     rows[:, 3] = rows[:, 2]
     for deficient in (spectrum(rows, weights), spectrum(rows[:5], weights[:5])):
         with pytest.raises(RecipeError, match=r"rank [57] of 8 dimensions") as error:
-            absolute_damping(deficient, 0, "recipe 'x', checkpoint 1")
+            require_invertible(deficient, 0, "recipe 'x', checkpoint 1")
         assert "checkpoint 1" in str(error.value)
+        require_invertible(deficient, 1e-8, "")
 
 
 def test_rank_is_judged_at_the_precision_of_the_products(monkeypatch):

@@ -13,7 +13,14 @@ from tda.errors import RecipeError
 from tda.recipe import Recipe
 from tda.recipes import RECIPES, get_recipe
 
-PUBLISHED = {"grad_dot", "grad_cos", "tracin", "trak", "influence"}
+PUBLISHED = {
+    "grad_dot", "grad_cos", "tracin", "less", "trak", "d_trak", "trackstar", "influence",
+    "influence_gn", "influence_ekfac", "influence_cg", "relatif", "relatif_l", "datainf", "arnoldi",
+    "source",
+}  # fmt: skip
+
+
+INVERSE = {"curvature": "gram", "function": "inverse"}
 
 
 def made(**fields) -> Recipe:
@@ -49,6 +56,21 @@ def test_recipes_that_score_differently_explain_themselves_differently():
         dataclasses.replace(RECIPES["influence"], checkpoint_weight="learning_rate"),
         dataclasses.replace(RECIPES["influence"], scale="one"),
         dataclasses.replace(RECIPES["trak"], train="margin"),
+        dataclasses.replace(RECIPES["influence"], blocks="layer"),
+        dataclasses.replace(RECIPES["influence"], query_share=0.5),
+        dataclasses.replace(RECIPES["influence"], query_share=0.25),
+        dataclasses.replace(RECIPES["influence"], rank=7),
+        dataclasses.replace(RECIPES["influence"], rank=8),
+        dataclasses.replace(RECIPES["influence"], function="mean_of_inverses"),
+        dataclasses.replace(RECIPES["influence"], layer_weights=(("fc", 0.5),)),
+        dataclasses.replace(RECIPES["influence"], layer_weights=(("fc", 0.25),)),
+        dataclasses.replace(RECIPES["influence"], metric="adam"),
+        dataclasses.replace(RECIPES["influence"], metric="second_moment"),
+        dataclasses.replace(RECIPES["influence"], basis="eigen"),
+        dataclasses.replace(RECIPES["influence"], space="parameters"),
+        dataclasses.replace(RECIPES["source"], segments=2),
+        dataclasses.replace(RECIPES["source"], damping=0.1),
+        dataclasses.replace(RECIPES["less"], metric="any"),
     ]
     assert len({recipe.explain() for recipe in variants}) == len(variants)
 
@@ -73,6 +95,28 @@ def test_a_recipe_is_a_frozen_hashable_picklable_value():
         {"combine": "product_of_means", "checkpoint_weight": "learning_rate"},
         {"combine": "product_of_means", "normalize": "train"},
         {"combine": "product_of_means", "normalize": "both"},
+        {"blocks": "layer"},
+        {"query_share": 0.5},
+        {"rank": 3},
+        {"segments": 2},
+        {"norm": "step", "normalize": "train"},
+        {"norm": "step", **INVERSE},
+        {"query_share": 0.5, "curvature_rows": "gauss_newton", **INVERSE},
+        {"segments": 2, **INVERSE},
+        {"layer_weights": (("fc", 0.5),), "normalize": "train", **INVERSE},
+        {"metric": "adam_update", "train": "margin"},
+        {"metric": "adam_update", **INVERSE},
+        {"function": "mean_of_inverses"},
+        {"function": "mean_of_inverses", "curvature": "diagonal"},
+        {"function": "mean_of_inverses", "curvature": "gram", "damping": 0},
+        {"function": "mean_of_inverses", "curvature": "gram", "rank": 3},
+        {"function": "mean_of_inverses", "curvature": "gram", "curvature_rows": "gauss_newton"},
+        {"function": "unrolled"},
+        {"function": "unrolled", "curvature": "gram", "rank": 3},
+        {"function": "unrolled", "curvature": "gram", "normalize": "query"},
+        {"function": "unrolled", "curvature": "gram", "query_share": 0.5},
+        {"function": "unrolled", "curvature": "gram", "combine": "product_of_means"},
+        {"function": "unrolled", "curvature": "gram", "checkpoint_weight": "learning_rate"},
     ],
 )
 def test_choices_that_contradict_each_other_are_refused_with_a_cure(fields):
@@ -86,6 +130,28 @@ def test_choices_that_contradict_each_other_are_refused_with_a_cure(fields):
 def test_damping_is_auto_or_a_number_at_least_zero(damping):
     with pytest.raises(RecipeError, match="damping is not a number"):
         made(curvature="gram", function="inverse", damping=damping)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("query_share", value) for value in (-0.1, 1.1, float("nan"), "half", None, True)),
+        *(("rank", value) for value in (0, -1, 2.5, "all", True)),
+        *(("segments", value) for value in (0, 1.5, None, True)),
+        ("layer_weights", [("fc", 1.0)]),
+        ("layer_weights", (("fc", -1.0),)),
+        ("layer_weights", (("fc", float("inf")),)),
+        ("layer_weights", (("fc", 1.0), ("fc", 2.0))),
+        ("layer_weights", (("fc",),)),
+        ("layer_weights", ((3, 1.0),)),
+        ("layer_weights", {"fc": 1.0}),
+    ],
+)
+def test_a_number_out_of_range_names_its_field_and_what_is_wanted(field, value):
+    with pytest.raises(RecipeError, match=f"^{field} ") as error:
+        made(**{**INVERSE, field: value})
+    assert error.value.wanted
+    assert error.value.found == repr(value)
 
 
 def test_an_unknown_choice_names_the_field_the_choices_and_the_nearest():
@@ -105,7 +171,7 @@ def test_a_misspelt_recipe_is_answered_with_the_nearest_name(asked, meant):
 
 @pytest.mark.parametrize("asked", ["xyzzy", 3, None, []])
 def test_what_is_no_recipe_is_answered_with_all_names(asked):
-    with pytest.raises(RecipeError, match="grad_dot, grad_cos, tracin, trak, influence"):
+    with pytest.raises(RecipeError, match="grad_dot, grad_cos, tracin, less, trak, d_trak"):
         get_recipe(asked)
 
 

@@ -19,7 +19,9 @@ from tda.run import Run
 from tda.task import Task
 
 TOLERANCE = 1e-5
-RECIPES = ("grad_dot", "grad_cos", "tracin", "trak", "influence")
+RECIPES = (
+    "grad_dot", "grad_cos", "tracin", "trak", "influence", "d_trak", "relatif", "relatif_l"
+)  # fmt: skip
 
 
 @pytest.fixture

@@ -8,11 +8,44 @@ from types import MappingProxyType
 
 from tda.errors import RecipeError
 from tda.recipe import Recipe
-from tda.recipes import grad_cos, grad_dot, influence, tracin, trak
-
-RECIPES: Mapping[str, Recipe] = MappingProxyType(
-    {m.RECIPE.name: m.RECIPE for m in (grad_dot, grad_cos, tracin, trak, influence)}
+from tda.recipes import (
+    arnoldi,
+    d_trak,
+    datainf,
+    grad_cos,
+    grad_dot,
+    influence,
+    influence_cg,
+    influence_ekfac,
+    influence_gn,
+    less,
+    relatif,
+    relatif_l,
+    source,
+    tracin,
+    trackstar,
+    trak,
 )
+
+_ALL = (
+    grad_dot,
+    grad_cos,
+    tracin,
+    less,
+    trak,
+    d_trak,
+    trackstar,
+    influence,
+    influence_gn,
+    influence_ekfac,
+    influence_cg,
+    relatif,
+    relatif_l,
+    datainf,
+    arnoldi,
+    source,
+)
+RECIPES: Mapping[str, Recipe] = MappingProxyType({m.RECIPE.name: m.RECIPE for m in _ALL})
 
 
 def get_recipe(recipe: str | Recipe) -> Recipe:

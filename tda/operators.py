@@ -1,0 +1,239 @@
+"""F of every checkpoint under a recipe: which rows make its curvature, with what damping.
+
+Checkpoints that share a curvature form a group: each its own – unless training is unrolled, when a
+segment's do, and what comes after a segment follows it in a chain.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tda.cache import Arrays, Cache, fingerprint
+from tda.curvature import Part, second_moments, squared_norms
+from tda.preconditioner import (
+    Block,
+    Operator,
+    SpectralFunction,
+    Spectrum,
+    above,
+    complement,
+    decay,
+    decompose,
+    elapsed,
+    identity,
+    inverse,
+    nothing,
+    nowhere,
+    relative,
+    require_curvature,
+    require_invertible,
+)
+from tda.recipe import Recipe
+from tda.requirements import curvature_table, layer_slices, require_rows, segments
+from tda.row_weights import curvature_weights
+from tda.schedule import implied_damping
+
+if TYPE_CHECKING:
+    from tda.store import Store, Table
+
+Group = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Operators:
+    """The curvatures of a recipe on a run, and on the queries it may take them from.
+
+    Raises RecipeError if the run lacks what the recipe needs, StoreError if it is unfinished.
+    """
+
+    recipe: Recipe
+    manifest: dict[str, Any]
+    train: Table
+    rows: Table  # whose second moment H is
+    queries: Table
+    cache: Cache
+    _held: dict[Group, Operator] = field(default_factory=dict, compare=False, repr=False)
+
+    @staticmethod
+    def of(store: Store, recipe: Recipe, queries: Table | None = None) -> Operators:
+        """Without queries the training set is its own query set."""
+        require_rows(store.manifest, recipe)
+        train = store.table("train")
+        train.require_complete()
+        queries = train if queries is None else queries
+        queries.require_complete()
+        rows = train
+        if recipe.curvature_rows == "gauss_newton" and recipe.curvature != "identity":
+            rows = curvature_table(store, recipe)
+        names = {train.name, rows.name, *([queries.name] if recipe.query_share else [])}
+        sources = [fingerprint(store, name) for name in sorted(names)]
+        known = [source for source in sources if source is not None]
+        source = "+".join(known) if len(known) == len(sources) else None
+        cache = Cache(store.path / "cache", source)
+        return Operators(recipe, store.manifest, train, rows, queries, cache)
+
+    @property
+    def unrolled(self) -> bool:
+        return self.recipe.function == "unrolled"
+
+    @cached_property
+    def times(self) -> dict[Group, float]:
+        """τ of the segments of training, for a recipe that unrolls it."""
+        return segments(self.manifest, self.recipe)
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """Checkpoints by shared curvature, in order."""
+        count = len(self.manifest["checkpoints"])
+        return list(self.times) if self.unrolled else [(c,) for c in range(count)]
+
+    @cached_property
+    def columns(self) -> list[slice]:
+        """The blocks of H."""
+        if self.recipe.blocks == "layer":
+            return list(layer_slices(self.manifest, self.recipe).values())
+        return [slice(0, self.train.dim)]
+
+    def at(self, group: Group) -> Operator:
+        """F of the curvature of these checkpoints."""
+        if group not in self._held:
+            if not self.unrolled:  # segments are used again by all before them
+                self._held.clear()
+            self._held[group] = self._make(group)
+        return self._held[group]
+
+    def chain(self, group: Group) -> list[Operator]:
+        """What a query goes through for these checkpoints, in this order."""
+        later = [g for g in self.groups if g > group] if self.unrolled else []
+        decays = [self.at(g).with_functions(partial(_decay, self.times[g])) for g in later[::-1]]
+        return [*decays, self.at(group)]
+
+    def _make(self, group: Group) -> Operator:
+        if self.recipe.curvature == "identity":
+            return Operator((Block(self.columns[0], nothing(self.train.dim), identity),))
+        where = f"recipe {self.recipe.name!r}, checkpoint {group[0]}"
+        inverses = self.recipe.function == "mean_of_inverses"
+        spectra, dampings = (self._inverses if inverses else self._spectra)(group, where)
+        blocks = (
+            Block(columns, spectrum, self._function(group, spectrum, damping, where), damping)
+            for columns, spectrum, damping in zip(self.columns, spectra, dampings, strict=True)
+        )
+        return Operator(tuple(blocks))
+
+    def _function(
+        self, group: Group, spectrum: Spectrum, damping: float, where: str
+    ) -> SpectralFunction:
+        if self.unrolled:
+            return elapsed(self.times[group], damping)
+        if spectrum.trace == 0 and damping == 0:  # a layer without gradients has no influence
+            return nowhere
+        if self.recipe.function == "mean_of_inverses":
+            return complement(damping)
+        if self.recipe.rank is not None:
+            return above(spectrum.cut(self.recipe.rank), inverse(damping))
+        require_invertible(spectrum, damping, where)
+        return inverse(damping)
+
+    def _spectra(self, group: Group, where: str) -> tuple[list[Spectrum], list[float]]:
+        """H and λ of every block. One decomposition serves every function and every damping."""
+        recipe = self.recipe
+        choices = (group, recipe.curvature, recipe.curvature_rows, recipe.blocks)
+
+        def compute() -> Arrays:
+            return _packed(self._decompose(self._parts(group)))
+
+        arrays = self.cache.get("spectrum", (*choices, recipe.query_share), compute)
+        spectra = _unpacked(arrays, len(self.columns))
+        return spectra, self._dampings(group, [s.trace for s in spectra], where)
+
+    def _inverses(self, group: Group, where: str) -> tuple[list[Spectrum], list[float]]:
+        """M and λ of every block: mean_i (h_i x_i x_iᵀ + λI)⁻¹ = (I − M)/λ with
+        M = mean_i h_i/(λ + h_i‖x_i‖²) x_i x_iᵀ."""
+        recipe = self.recipe
+        choices = (group, recipe.curvature_rows, recipe.blocks, recipe.query_share, recipe.damping)
+
+        def compute() -> Arrays:
+            parts = self._parts(group)
+            squares = [
+                part.weights[:, None] * squared_norms(part.table, part.checkpoint, self.columns)
+                for part, _ in parts
+            ]
+            each = zip(parts, squares, strict=True)
+            traces = torch.stack([share * x.sum(0) for (_, share), x in each]).sum(0)
+            dampings = torch.tensor(self._dampings(group, traces.tolist(), where)).double()
+            least = torch.where(dampings > 0, dampings, 1)  # 0: a layer without gradients
+            terms = [
+                (replace(part, weights=part.weights[:, None] / (least + x)), share)
+                for (part, share), x in zip(parts, squares, strict=True)
+            ]
+            return {**_packed(self._decompose(terms)), "dampings": dampings.numpy()}
+
+        arrays = self.cache.get("inverses", choices, compute)
+        return _unpacked(arrays, len(self.columns)), arrays["dampings"].tolist()
+
+    def _parts(self, group: Group) -> list[tuple[Part, float]]:
+        """The rows h·x xᵀ that make H, and the share in it of each: 1/n, or that of the queries."""
+        recipe, found = self.recipe, []
+        has_margin = bool(self.manifest["measurement"]["has_margin"])
+        mixed = ((self.rows, 1 - recipe.query_share), (self.queries, recipe.query_share))
+        for table, share in mixed:
+            if share:
+                weights = curvature_weights(table, recipe.curvature_rows, has_margin)
+                each = share / table.num_rows / len(group)
+                found += [(Part(table, c, weights[c]), each) for c in group]
+        return found
+
+    def _decompose(self, parts: list[tuple[Part, float]]) -> list[Spectrum]:
+        count = sum(part.table.num_rows for part, _ in parts)
+        terms = [replace(part, weights=part.weights * (share * count)) for part, share in parts]
+        moments = second_moments(terms, self.columns, whole=self.recipe.curvature == "gram")
+        return [replace(decompose(m), count=self.train.num_rows) for m in moments]
+
+    def _dampings(self, group: Group, traces: list[float], where: str) -> list[float]:
+        """λ of every block, in units of its eigenvalues."""
+        require_curvature(sum(traces), where)
+        recipe = self.recipe
+        if recipe.damping == "auto" and self.unrolled:
+            known = self.manifest["checkpoints"][group[-1]].get("weight_decay")
+            return [known or 0.0] * len(traces)
+        implied = self._implied_damping(group[-1])
+        if implied is not None:
+            return [implied] * len(traces)
+        widths = [columns.stop - columns.start for columns in self.columns]
+        each = zip(traces, widths, strict=True)
+        return [relative(t, k, self.train.num_rows, recipe.damping) for t, k in each]
+
+    def _implied_damping(self, checkpoint: int) -> float | None:
+        """λ by the schedule, where H is Gauss–Newton and in the metric of the optimiser."""
+        checkpoints, metric = self.manifest["checkpoints"], self.manifest.get("metric", "euclidean")
+        if self.recipe.damping != "auto" or not self.recipe.implies_damping:
+            return None
+        adam = checkpoints[checkpoint].get("optimizer") == "adam"
+        if metric != ("adam" if adam else "euclidean"):
+            return None
+        return implied_damping(checkpoints, checkpoint)
+
+
+def _decay(time: float, block: Block) -> SpectralFunction:
+    return decay(time, block.damping)
+
+
+def _packed(spectra: list[Spectrum]) -> Arrays:
+    return {
+        f"{block}.{name}": array
+        for block, spectrum in enumerate(spectra)
+        for name, array in spectrum.arrays().items()
+    }
+
+
+def _unpacked(arrays: Arrays, count: int) -> list[Spectrum]:
+    parts: list[Arrays] = [{} for _ in range(count)]
+    for key, array in arrays.items():
+        block, _, name = key.partition(".")
+        if name:
+            parts[int(block)][name] = array
+    return [Spectrum.from_arrays(part) for part in parts]
