@@ -18,8 +18,7 @@ from torch.func import functional_call, grad, stack_module_state, vmap
 
 from tda.errors import TaskError
 from tda.evaluate.retrain import source_of
-
-Loss = Callable[[Tensor, Tensor], Tensor]
+from tda.replay.network import Loss, example_losses
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -28,8 +27,12 @@ class Ensemble:
 
     model: makes a freshly initialised network, without buffers (batch norm: train one by one).
     inputs, targets: tensors ``[train, ...]``. learning_rate: of a step, or ``step -> number``.
+    loss: ``(output, target) -> mean over the batch``.
     The network of (subset, seed) starts as torch seeded with ``seed`` makes it and sees its subset
     in a new order each epoch, ``batch_size`` at a time.
+    keep_order: it sees the batches of the whole training set instead, in which what is not in its
+    subset has weight 0 (a step still divides by ``batch_size``). So subsets of one seed differ by
+    the examples left out and by nothing else: for small removals, and what a replay predicts.
     """
 
     model: Callable[[], nn.Module]
@@ -42,22 +45,24 @@ class Ensemble:
     weight_decay: float = 0.0
     loss: Loss = F.cross_entropy
     group: int = 32
+    keep_order: bool = False
 
     @property
     def digest(self) -> str:
         """Changes with the numbers above and with the source of the functions."""
         rate = self.learning_rate
         numbers = (self.steps, self.batch_size, self.momentum, self.weight_decay, self.group)
+        kept = ["order kept"] if self.keep_order else []
         rates = source_of(rate) if callable(rate) else repr(rate)
-        text = "\0".join([repr(numbers), rates, source_of(self.model), source_of(self.loss)])
-        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        parts = [repr(numbers), rates, source_of(self.model), source_of(self.loss), *kept]
+        return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
 
     def __call__(self, subset: np.ndarray, seed: int) -> nn.Module:
         return self.many([(subset, seed)])[0]
 
     def many(self, given: Sequence[tuple[np.ndarray, int]]) -> list[nn.Module]:
         """The trained networks of (subset, seed) pairs."""
-        models = [self._fresh(seed) for _, seed in given]
+        models = [self.fresh(seed) for _, seed in given]
         stacked, buffers = stack_module_state(models)
         if buffers:
             raise TaskError(
@@ -67,18 +72,24 @@ class Ensemble:
                 do="train them one by one: a function (subset, seed) -> model",
             )
         weights = {name: values.detach() for name, values in stacked.items()}
-        order = torch.stack([self._order(subset, seed) for subset, seed in given], dim=1)
-        self._descend(models[0], weights, order)
+        whole = np.arange(len(self.inputs))
+        seen = [(whole if self.keep_order else subset, seed) for subset, seed in given]
+        order = torch.stack([self.order(*each) for each in seen], dim=1)
+        kept = torch.zeros(len(given), len(whole))
+        for row, (subset, _) in zip(kept, given, strict=True):
+            row[torch.from_numpy(subset)] = 1
+        self._descend(models[0], weights, order, kept)
         for i, model in enumerate(models):
             model.load_state_dict({name: values[i] for name, values in weights.items()})
         return models
 
-    def _fresh(self, seed: int) -> nn.Module:
+    def fresh(self, seed: int) -> nn.Module:
+        """The network training starts from."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return self.model()
 
-    def _order(self, subset: np.ndarray, seed: int) -> Tensor:
+    def order(self, subset: np.ndarray, seed: int) -> Tensor:
         """Indices of the examples of every step ``[step, batch]``, epoch after epoch."""
         random, size = torch.Generator().manual_seed(seed), len(subset)
         epochs = -(-self.steps * self.batch_size // size)
@@ -86,17 +97,23 @@ class Ensemble:
         taken = drawn[: self.steps * self.batch_size].view(self.steps, self.batch_size)
         return torch.from_numpy(subset)[taken]
 
-    def _descend(self, model: nn.Module, weights: dict[str, Tensor], order: Tensor) -> None:
+    def _descend(
+        self, model: nn.Module, weights: dict[str, Tensor], order: Tensor, kept: Tensor
+    ) -> None:
         """v ← βv + ∇ℓ + wd·θ ;  θ ← θ − ηv, in place, for all networks together."""
 
-        def loss(one: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-            return self.loss(functional_call(model, one, (x,)), y)
+        def loss(one: dict[str, Tensor], x: Tensor, y: Tensor, counted: Tensor) -> Tensor:
+            outputs = functional_call(model, one, (x,))
+            if not self.keep_order:
+                return self.loss(outputs, y)
+            return (counted * example_losses(self.loss, outputs, y)).mean()
 
         gradients = vmap(grad(loss), randomness="different")
         rate = self.learning_rate
         velocity = {name: torch.zeros_like(values) for name, values in weights.items()}
         for step, rows in enumerate(order):
-            slopes = gradients(weights, self.inputs[rows], self.targets[rows])
+            counted = kept.gather(1, rows)
+            slopes = gradients(weights, self.inputs[rows], self.targets[rows], counted)
             for name, values in weights.items():
                 slope = slopes[name].add_(values, alpha=self.weight_decay)
                 velocity[name].mul_(self.momentum).add_(slope)
