@@ -27,6 +27,11 @@ def wrong_numbers(recipe: Recipe) -> list[tuple[bool, str, str]]:
             "a number from 0 (training set only) to 1 (queries only)",
         ),
         (
+            not _at_least_zero(recipe.shrinkage) or recipe.shrinkage > 1,
+            "shrinkage is not a share",
+            "a number from 0 (H as it is) to 1 (its diagonal)",
+        ),
+        (
             recipe.rank is not None and not _count(recipe.rank),
             "rank is not a count",
             "None for all eigenvalues, or a whole number ≥ 1",
@@ -92,6 +97,11 @@ def _of_the_curvature(recipe: Recipe) -> list[tuple[bool, str, str]]:
             "leave query_share=0, or set curvature='gram' and function='inverse'",
         ),
         (
+            recipe.shrinkage != 0 and recipe.curvature != "gram",
+            f"shrinkage has no effect on curvature={recipe.curvature!r}",
+            "set curvature='gram', or shrinkage=0",
+        ),
+        (
             gauss_newton and recipe.query_share != 0,
             "query_share mixes in the curvature of the queries, which have no rows for other "
             "labels than their own",
@@ -123,6 +133,11 @@ def _of_the_function(recipe: Recipe) -> list[tuple[bool, str, str]]:
             inverses and recipe.curvature_rows == "gauss_newton",
             "mean_of_inverses needs one row an example, but gauss_newton has one a label",
             "set curvature_rows='link' or 'loss', or function='inverse'",
+        ),
+        (
+            inverses and recipe.shrinkage != 0,
+            "mean_of_inverses is of single terms h_i ∇f_i∇f_iᵀ, which nothing shrinks",
+            "set shrinkage=0, or function='inverse'",
         ),
         (
             inverses and recipe.damping == 0,

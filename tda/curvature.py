@@ -69,6 +69,12 @@ class Gram:
     def merge(self, other: Gram) -> Gram:
         return Gram(self.total + other.total, self.count + other.count, max(self.eps, other.eps))
 
+    def shrunk(self, share: float) -> Gram:
+        """(1 − share)·H + share·diag(H): with a share > 0 of full rank where no H_jj is 0."""
+        total = self.total * (1 - share)
+        total.diagonal().copy_(self.total.diagonal())
+        return replace(self, total=total)
+
     def mean(self) -> Tensor:
         """H [k, k] float64."""
         return self.total / self.count
@@ -124,16 +130,18 @@ class Part:
 
 
 def second_moments(
-    parts: Sequence[Part], blocks: Sequence[slice], *, whole: bool = True
+    parts: Sequence[Part], blocks: Sequence[slice], *, whole: bool = True, dual: bool = True
 ) -> list[Gram | WeightedRows | Diagonal]:
     """H = (1/N) Σ h x xᵀ over the N rows of all parts, for every block of columns.
 
     One pass over each table. ``whole``: the whole matrix, in its dual form where N is smaller than
-    the block; else its diagonal. Raises StoreError if a chunk is missing or altered.
+    the block, unless not ``dual``; else its diagonal. Raises StoreError if a chunk is missing or altered.
     """
     count = sum(part.table.num_rows for part in parts)
     widths = [block.stop - block.start for block in blocks]
-    kept: dict[int, list[Tensor]] = {b: [] for b, k in enumerate(widths) if whole and count < k}
+    kept: dict[int, list[Tensor]] = {
+        b: [] for b, k in enumerate(widths) if whole and dual and count < k
+    }
     kind = Gram if whole else Diagonal
     sums: list[Gram | Diagonal] = [kind.zero(0 if b in kept else k) for b, k in enumerate(widths)]
     for part in parts:

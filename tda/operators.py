@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tda.cache import Arrays, Cache, fingerprint
-from tda.curvature import Part, second_moments, squared_norms
+from tda.curvature import Gram, Part, second_moments, squared_norms
 from tda.preconditioner import (
     Block,
     Operator,
@@ -141,7 +141,7 @@ class Operators:
     def _spectra(self, group: Group, where: str) -> tuple[list[Spectrum], list[float]]:
         """H and λ of every block. One decomposition serves every function and every damping."""
         recipe = self.recipe
-        choices = (group, recipe.curvature, recipe.curvature_rows, recipe.blocks)
+        choices = (group, recipe.curvature, recipe.curvature_rows, recipe.blocks, recipe.shrinkage)
 
         def compute() -> Arrays:
             return _packed(self._decompose(self._parts(group)))
@@ -190,7 +190,10 @@ class Operators:
     def _decompose(self, parts: list[tuple[Part, float]]) -> list[Spectrum]:
         count = sum(part.table.num_rows for part, _ in parts)
         terms = [replace(part, weights=part.weights * (share * count)) for part, share in parts]
-        moments = second_moments(terms, self.columns, whole=self.recipe.curvature == "gram")
+        whole, share = self.recipe.curvature == "gram", self.recipe.shrinkage
+        moments = second_moments(terms, self.columns, whole=whole, dual=not share)
+        if share:
+            moments = [m.shrunk(share) if isinstance(m, Gram) else m for m in moments]
         return [replace(decompose(m), count=self.train.num_rows) for m in moments]
 
     def _dampings(self, group: Group, traces: list[float], where: str) -> list[float]:

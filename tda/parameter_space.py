@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -109,11 +110,13 @@ class Factored:
 
 @dataclass(frozen=True)
 class Solved:
-    """(G + λI)⁻¹ of the whole Gauss–Newton matrix, by conjugate gradients; ``near`` ≈ it."""
+    """((1−s)·G + s·D + λI)⁻¹ by conjugate gradients: G the whole Gauss–Newton matrix, D that of
+    EK-FAC, s the shrinkage; ``near`` ≈ it."""
 
     matrix: GaussNewton
     damping: float
     near: Factored
+    shrinkage: float
 
     @staticmethod
     def of(
@@ -126,19 +129,31 @@ class Solved:
         if damping is None:
             damping = relative(trace, ekfac.dim, matrix.num_examples, recipe.damping)
         near = Factored.of(ekfac, recipe, matrix.num_examples, damping, where)
-        return Solved(matrix, damping, near)
+        return Solved(matrix, damping, near, recipe.shrinkage)
 
     def apply(self, x: Vectors) -> Vectors:
         shapes = {name: p.shape for name, p in self.matrix.parameters.items()}
 
-        def near(v: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        def factored(by: Factored, v: Mapping[str, Tensor]) -> dict[str, Tensor]:
             matrices = {
                 name: value.reshape(x[name][: len(value)].shape) for name, value in v.items()
             }
-            return {n: y.reshape(-1, *shapes[n]) for n, y in self.near.apply(matrices).items()}
+            return {n: y.reshape(-1, *shapes[n]) for n, y in by.apply(matrices).items()}
+
+        blocks = self.near.curvature.blocks
+        target = Factored(self.near.curvature, {n: b.eigenvalues for n, b in blocks.items()})
+        share = self.shrinkage
+
+        def product(v: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+            whole = self.matrix.product(v)
+            if not share:
+                return whole
+            diagonal = factored(target, v)
+            return {name: (1 - share) * whole[name] + share * diagonal[name] for name in v}
 
         right = {name: value.reshape(-1, *shapes[name]) for name, value in x.items()}
-        found = solve(self.matrix.product, right, damping=self.damping, precondition=near)
+        near = partial(factored, self.near)
+        found = solve(product, right, damping=self.damping, precondition=near)
         if not found.converged.all():
             log.warning(
                 "conjugate gradients stopped short for %d of %d queries: residual up to %.1g",

@@ -44,6 +44,7 @@ class Recipe:
                        rows of the run's table ``curvature``, of examples with labels the model
                        gives them: H = Σ_y p(y)·∇ℓ_iy∇ℓ_iyᵀ.
     blocks             H whole, or layer by layer, each block with its own λ.
+    shrinkage          s: what is not on the diagonal of H is multiplied by 1 − s.
     query_share        s: H = s·(mean over the queries) + (1−s)·(mean over the training set).
     function           F(H) = I; (H + λI)⁻¹; mean_i (h_i∇f_i∇f_iᵀ + λI)⁻¹; or training unrolled,
                        F_l = (1 − e^{−τ_l H_l})/H_l · Π_{j>l} e^{−τ_j H_j}, H_l with λ added, for
@@ -76,6 +77,7 @@ class Recipe:
     curvature: Curvature = "identity"
     curvature_rows: CurvatureRows = "loss"
     blocks: Blocks = "whole"
+    shrinkage: float = 0.0
     query_share: float = 0.0
     function: Function = "identity"
     damping: float | Literal["auto"] = "auto"
@@ -158,7 +160,8 @@ class Recipe:
             whole = f"({share} + {1 - self.query_share:g} · mean over the examples) of {term}"
         parts = "diagonal of " if self.curvature == "diagonal" else ""
         each = ", layer by layer" if self.blocks == "layer" else ""
-        return f"H = {parts}{whole}{each}"
+        shrunk = f", off its diagonal × {1 - self.shrinkage:g}" if self.shrinkage else ""
+        return f"H = {parts}{whole}{each}{shrunk}"
 
     def _damping(self) -> str:
         if self.damping != "auto":

@@ -25,7 +25,7 @@ from tda.gradients import shapes_of
 from tda.metric import check_projection
 from tda.projection import Bases, Projection, bases_from_bytes, bases_to_bytes
 from tda.recipe import Recipe
-from tda.recipes import get_recipe
+from tda.recipes.auto import recipe_for
 from tda.store import Store, Table
 from tda.store.files import write_file
 from tda.store.lock import sole_writer
@@ -300,7 +300,7 @@ class Run:
         """
         from tda import scorer
 
-        return scorer.self_influence(self.store, get_recipe(recipe))
+        return scorer.self_influence(self.store, self.recipe(recipe))
 
     def baseline_top_k(self, queries: Any, k: int = 10) -> TopK:
         """What needs no gradient: nearest and farthest examples by cosine of the last hidden layer.
@@ -311,6 +311,10 @@ class Run:
 
         name = self._name(queries)
         return embedding_top_k(self.store, self.store.table(f"queries/{name}"), k)
+
+    def recipe(self, recipe: str | Recipe) -> Recipe:
+        """The recipe of that name; "auto": what suits this run best, its ``summary`` says why."""
+        return recipe_for(self.store, recipe)
 
     def _name(self, queries: Any) -> str:
         if not isinstance(queries, str):
@@ -327,7 +331,7 @@ class Run:
     def _prepare(self, queries: Any, recipe: str | Recipe) -> Any:
         from tda import scorer
 
-        chosen = get_recipe(recipe)
+        chosen = self.recipe(recipe)
         name = self._name(queries)
         return scorer.prepare(self.store, chosen, self.store.table(f"queries/{name}"))
 

@@ -109,6 +109,18 @@ def gauss_newton(store: MemoryStore) -> np.ndarray:
     return naive.with_curvature(*both(store), curvatures)
 
 
+def shrunk(store: MemoryStore, share: float) -> np.ndarray:
+    """mean_c (1/n) ∇f_qᵀ ((1−s)H + s·diag(H) + λI)⁻¹ (−∇ℓ_i), entry by entry."""
+    found = []
+    for q, t in zip(*both(store), strict=True):
+        H = naive.link_hessian(t)
+        for i, j in np.ndindex(H.shape):
+            H[i, j] *= 1.0 if i == j else 1 - share
+        solved = np.linalg.solve(naive.damped(H, "auto", len(t.df)), -t.dl.T)
+        found.append(q.margin @ solved / len(t.df))
+    return np.mean(found, axis=0)
+
+
 def shared(store: MemoryStore, share: float) -> np.ndarray:
     """Influence with the curvature of queries and training set mixed."""
     q, t = both(store)
@@ -158,6 +170,9 @@ CASES: dict[str, tuple[Recipe, Formula]] = {
     "less": (variant("less", metric="any"), tracin_unit),
     "influence_ekfac": (variant("influence_ekfac", basis="any"), diagonal),
     "influence_gn": (RECIPES["influence_gn"], gauss_newton),
+    "shrunk": (
+        variant("influence_shrunk", curvature_rows="link", basis="any"), lambda s: shrunk(s, 0.4)
+    ),
     "query share": (variant("influence", query_share=0.25), lambda s: shared(s, 0.25)),
     "query share .75": (variant("influence", query_share=0.75), lambda s: shared(s, 0.75)),
     "source": (RECIPES["source"], unrolled([0], [1], [2])),

@@ -13,6 +13,7 @@ from tda.config import load_code
 from tda.evaluate import Comparison, Design, compare, ground_truth
 from tda.evaluate.comparison import Row
 from tda.recipes import RECIPES, get_recipe
+from tda.recipes.auto import AUTO
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -24,7 +25,10 @@ def evaluate(config: Config, recipes: Sequence[str], name: str | None = None) ->
     """The ground truth of ``config``, finished now if it is not, and every recipe's LDS on it."""
     import dask
 
-    chosen = [get_recipe(recipe) for recipe in recipes or RECIPES]
+    chosen = [*(recipes or RECIPES)]
+    for recipe in chosen:  # a spelling mistake is found before anything is trained
+        if recipe != AUTO:
+            get_recipe(recipe)
     train = config.build_retraining()
     section, design = config.evaluate, design_of(config.evaluate)
     opened = open_config(config)

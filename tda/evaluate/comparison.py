@@ -14,7 +14,6 @@ from tda.evaluate.intervals import Estimate
 from tda.evaluate.metrics import lds_of_predictions, noise_ceiling, predictions
 from tda.evaluate.record import GroundTruth
 from tda.recipe import Recipe
-from tda.recipes import get_recipe
 from tda.run import Run
 from tda.store.files import to_json, write_file
 
@@ -70,7 +69,7 @@ def compare(
     Raises MismatchError where the run, or its query set, is not the one that was retrained.
     """
     _require_same(run, truth, queries)
-    rows = [_row(run, truth, queries, get_recipe(recipe)) for recipe in recipes]
+    rows = [_row(run, truth, queries, run.recipe(recipe)) for recipe in recipes]
     rows.sort(key=lambda row: -row.lds.value if row.lds else 1.0)
     return Comparison(queries, truth, noise_ceiling(truth), tuple(rows))
 
