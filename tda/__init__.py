@@ -25,12 +25,15 @@ if TYPE_CHECKING:
         TaskError,
         TdaError,
     )
+    from tda.kfac import EkFac, fit_ekfac
     from tda.measurements import MEASUREMENTS, Measurement
     from tda.projection import Projection
     from tda.ranking import Ranking, TopK
     from tda.recipe import Recipe
     from tda.recipes import RECIPES
+    from tda.replay import Training
     from tda.run import Run, index, open
+    from tda.streaming import attribute
     from tda.task import Checkpoint, Task
 
 __version__ = "0.1.0"
@@ -46,10 +49,14 @@ _HOMES = {
     "index": "tda.run",
     "open": "tda.run",
     "Run": "tda.run",
+    "attribute": "tda.streaming",
+    "fit_ekfac": "tda.kfac",
+    "EkFac": "tda.kfac",
     "Recipe": "tda.recipe",
     "RECIPES": "tda.recipes",
     "TopK": "tda.ranking",
     "Ranking": "tda.ranking",
+    "Training": "tda.replay",
     "TdaError": "tda.errors",
     "TaskError": "tda.errors",
     "DataError": "tda.errors",
@@ -62,15 +69,16 @@ _HOMES = {
 
 __all__ = [
     "Task", "Checkpoint", "Measurement", "MEASUREMENTS", "Projection",
-    "index", "open", "Run", "Recipe", "RECIPES", "TopK", "Ranking",
+    "index", "open", "Run", "attribute", "fit_ekfac", "EkFac",
+    "Recipe", "RECIPES", "TopK", "Ranking", "Training",
     "TdaError", "TaskError", "DataError", "GradientError", "StoreError", "MismatchError",
     "RecipeError", "ConfigError",
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    if name == "evaluate":  # ground truth by retraining: a package of its own
-        return import_module("tda.evaluate")
+    if name in ("evaluate", "valuation"):  # packages of their own
+        return import_module(f"tda.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'tda' has no attribute {name!r}")
     value = getattr(import_module(_HOMES[name]), name)

@@ -1,4 +1,4 @@
-"""The command line: ``tda demo | index | query | score | evaluate | report | verify | …``.
+"""The command line: ``tda demo | index | query | score | value | report | …``.
 
 Nothing heavy is imported before a command needs it, so that ``tda --help`` is instant.
 """
@@ -243,25 +243,134 @@ def evaluate(
 
 
 @app.command()
+def value(
+    target: Target,
+    queries: QuerySet = None,
+    recipe: RecipeName = None,
+    by: Annotated[
+        str | None,
+        typer.Option(metavar="COLUMN", help="For slices of the queries: label, source, group."),
+    ] = None,
+    slice_: Annotated[
+        str | None,
+        typer.Option("--slice", metavar="COLUMN=NAME", help="For these queries only."),
+    ] = None,
+    run: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="RUN", help="Another training on the same data; repeatable."),
+    ] = None,
+    bags: Annotated[int | None, typer.Option(min=0, help="Also Data-OOB, with so many.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.parquet", help="Default: in RUN/value.")
+    ] = None,
+    show: Annotated[int, typer.Option(min=0, help="Examples to print of each end.")] = 5,
+    set_: Overrides = None,
+) -> None:
+    """What each training example is worth, and how sure that is.
+
+    For a query set, or slices of it: value, 95 % interval, p and q (false discovery rate) of every
+    training example, and roll-ups by label, source and group; beside them KNN-Shapley values.
+    Intervals need replicates: runs of other seeds (--run), or checkpoints, which of one training
+    depend on each other. Written to values.parquet and groups.parquet.
+
+    Example: `tda value stores/digits --by label`
+    """
+    from tda.cli import tables, valuing
+    from tda.cli.workload import open_workload
+
+    opened = open_workload(target, set_ or ())
+    section = opened.valuation
+    valued = valuing.value(
+        opened.run,
+        opened.query_set(queries),
+        recipe or opened.defaults.recipe,
+        by=by,
+        only=slice_,
+        others=run or [Path(path) for path in section.runs],
+        bags=section.bags if bags is None else bags,
+    )
+    for table in valued.tables(show):
+        tables.show(table)
+    typer.echo(f"{valued.found.verdict}.\nThe intervals cover {valued.found.covers}.")
+    typer.echo("\n".join(valued.why_not), nl=bool(valued.why_not))
+    for path in valued.write(out or valuing.place(opened.run.path, by, slice_)):
+        typer.echo(path)
+
+
+@app.command()
 def report(
     target: Target,
     queries: QuerySet = None,
     recipe: RecipeName = None,
+    diff: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="Say what changed since the report of another run."),
+    ] = None,
+    retrain: Annotated[
+        bool, typer.Option("--retrain", help="Do what it proposes, measure.")
+    ] = False,
+    fail_if: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="'KEY OP NUMBER'",
+            help="Exit 1 if this holds in summary.json, e.g. 'trust.num_failed > 0'; repeatable.",
+        ),
+    ] = None,
     set_: Overrides = None,
 ) -> None:
-    """Write RUN/report.html.
+    """Write RUN/report.html and the files beside it.
 
-    One page that needs no network and no JavaScript: the queries with the training examples that
-    spoke for and against them, the suspects, the values, and the card of how it was computed.
+    One page, without network or JavaScript: whether to trust it; what to relabel, remove or review;
+    what each example, source and class is worth; what spoke for and against each query. Beside it
+    summary.json, values.parquet, top_k.parquet and actions.csv.
 
-    Example: `tda report stores/digits`
+    Example: `tda report stores/digits --fail-if 'decisions.share_mislabelled > 5%'`
     """
+    from tda.cli import reporting
     from tda.cli.workload import open_workload
-    from tda.report import write_report
+    from tda.report import gates
 
+    wanted = [gates.parse(text) for text in fail_if or ()]
     opened = open_workload(target, set_ or ())
-    name = opened.query_set(queries)
-    typer.echo(write_report(opened.run, query_name=name, recipe=recipe or opened.defaults.recipe))
+    page = reporting.report(opened, opened.query_set(queries), recipe, diff, retrain)
+    typer.echo(page)
+    fired = gates.fired(wanted, reporting.summary_of(page))
+    for gate, found in fired:
+        typer.secho(f"gate: {gate.text} (it is {found:.6g})", fg="red", err=True)
+    if fired:
+        raise typer.Exit(1)
+
+
+@app.command()
+def serve(
+    target: Target,
+    host: Annotated[str, typer.Option(help="Where to listen.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 for any free one.")] = 8765,
+    token: Annotated[
+        str | None,
+        typer.Option(envvar="TDA_TOKEN", help="Asked of everyone; random if others can connect."),
+    ] = None,
+    name: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Another name the server is reached by; repeatable."),
+    ] = None,
+    set_: Overrides = None,
+) -> None:
+    """Explore a run in the browser.
+
+    Pick a query and see what spoke for and against it; switch recipe and damping live; compare
+    recipes; mark examples to relabel, remove or keep. Served from a CONFIG, new queries can be
+    uploaded. Only this machine is listened to, unless --host says otherwise: then the address
+    printed holds a token. Needs `pip install 'tda-engine\\[serve]'`.
+
+    Example: `tda serve stores/digits`
+    """
+    from tda.cli import serving
+    from tda.cli.workload import open_workload
+
+    serving.require_extra()
+    opened = open_workload(target, set_ or ())
+    serving.serve(opened, host, port, token, name or (), typer.echo)
 
 
 @app.command()

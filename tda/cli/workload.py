@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tda
-from tda.config import Config, QuerySection, load_code, load_config
+from tda.config import Config, QuerySection, ValueSection, load_code, load_config
 from tda.errors import ConfigError, StoreError
 
 if TYPE_CHECKING:
@@ -28,6 +28,10 @@ class Opened:
     def defaults(self) -> QuerySection:
         """What is asked when the command line does not say."""
         return self.config.query if self.config else QuerySection()
+
+    @property
+    def valuation(self) -> ValueSection:
+        return self.config.value if self.config else ValueSection()
 
     def query_set(self, name: str | None) -> str:
         """The query set that is meant, stored in the run.

@@ -1,0 +1,159 @@
+"""What readers decide about training examples, kept with the run in ``actions/marks.jsonl``.
+
+One line a decision, appended whole under a lock: the last line about an example is what holds.
+Nothing is ever lost, whoever marks at the same time, in this process or another. A line that was
+cut short by a crash was never acknowledged; the next writer takes it away.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from threading import Lock
+from typing import IO, Literal, get_args
+
+from tda.errors import StoreError, TdaError
+from tda.store.files import disk
+
+try:
+    import fcntl
+except ImportError:  # no POSIX: only threads of this process are kept apart
+    fcntl = None  # type: ignore[assignment]
+
+Action = Literal["relabel", "remove", "keep", "none"]
+FILE = Path("actions") / "marks.jsonl"
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet takes for the start of one
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A decision about a training example; ``none`` withdraws an earlier one.
+
+    revision: the number of the line that says so, counted from 1.
+    """
+
+    id: str
+    action: Action
+    label: str | None = None  # the right one, for relabel
+    note: str = ""
+    at: str = ""
+    revision: int = 0
+
+
+class ConflictError(TdaError):
+    """Somebody else decided about this example in the meantime."""
+
+
+class Marks:
+    """The marks of one run. Safe to use from many threads and processes."""
+
+    def __init__(self, run: Path) -> None:
+        self.path = run / FILE
+        self._lock = Lock()
+        self._read: tuple[tuple[int, int, int], dict[str, Mark]] | None = None
+
+    def all(self) -> dict[str, Mark]:
+        """Id → mark, in the order of the last decision. Raises StoreError for a damaged file."""
+        try:
+            stat = self.path.stat()
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            raise StoreError("cannot read this file", where=self.path, found=error) from error
+        seen = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        if self._read is None or self._read[0] != seen:
+            with disk(self.path, "read"):
+                data = self.path.read_bytes()
+            self._read = seen, self._parse(data)
+        return self._read[1]
+
+    def set(
+        self, name: str, action: Action, label: str | None, note: str, seen: int | None = None
+    ) -> Mark:
+        """Decide about the example ``name``; durable on return.
+
+        seen: the revision of the mark the decision replaces, 0 for none; None to replace any.
+        Raises ConflictError if another one holds by now, StoreError if it cannot be written.
+        """
+        with self._lock, self._alone() as file:
+            file.seek(0)
+            data = file.read()
+            whole = data[: data.rfind(b"\n") + 1]
+            before = self._parse(whole)
+            known = before.get(name)
+            revision = known.revision if known is not None else 0
+            if seen is not None and seen != revision:
+                raise _changed(name, known)
+            at = datetime.now(UTC).isoformat(timespec="seconds")
+            mark = Mark(name, action, label, note, at, whole.count(b"\n") + 1)
+            line = asdict(mark)
+            line.pop("revision")
+            with disk(self.path, "write"):
+                if len(whole) < len(data):
+                    file.truncate(len(whole))
+                file.seek(len(whole))
+                file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+        return mark
+
+    @contextmanager
+    def _alone(self) -> Iterator[IO[bytes]]:
+        with disk(self.path, "write"):
+            self.path.parent.mkdir(exist_ok=True)
+            file = self.path.open("a+b", buffering=0)
+        with file:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield file
+
+    def _parse(self, data: bytes) -> dict[str, Mark]:
+        marks: dict[str, Mark] = {}
+        for revision, line in enumerate(data.split(b"\n")[:-1], start=1):
+            try:
+                mark = Mark(**json.loads(line), revision=revision)
+                if mark.action not in get_args(Action) or not isinstance(mark.id, str):
+                    raise ValueError(mark.action)
+            except (ValueError, TypeError) as error:
+                raise StoreError(
+                    "a mark cannot be read",
+                    where=f"{self.path}, line {revision}",
+                    found=line[:80].decode("utf-8", "replace"),
+                    do="mend or delete this line; the others are kept",
+                ) from error
+            marks.pop(mark.id, None)
+            if mark.action != "none":
+                marks[mark.id] = mark
+            else:
+                marks.pop(mark.id, None)
+        return marks
+
+
+def _changed(name: str, known: Mark | None) -> ConflictError:
+    return ConflictError(
+        "this example has been marked in the meantime",
+        where=name,
+        found="nothing: the mark was withdrawn"
+        if known is None
+        else f"{known.action} {known.label or ''} {known.note}".strip(),
+        do="look at that mark; send again with its revision to replace it",
+    )
+
+
+def as_csv(marks: list[Mark]) -> str:
+    """id, action, label, note, at. What a spreadsheet would run as a formula has a ' before it."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    names = ("id", "action", "label", "note", "at")
+    writer.writerow(names)
+    for mark in marks:
+        cells = (str(getattr(mark, name) or "") for name in names)
+        writer.writerow("'" + cell if cell.startswith(_FORMULA) else cell for cell in cells)
+    return file.getvalue()

@@ -1,0 +1,85 @@
+"""Examples and marks on their way out, each with what the reader needs beside it."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from tda.explorer.asking import Explorer, Ranked, recipe_with
+from tda.explorer.library import Shelf
+from tda.explorer.marks import Mark, Marks
+from tda.explorer.schema import ExampleOut, MarkIn, MarkOut, ScoredOut
+from tda.recipe import Recipe
+from tda.report.data import Example
+
+
+class Shown:
+    """Examples on their way out, with their marks and the address of their picture."""
+
+    def __init__(self, explorer: Explorer, marks: Marks) -> None:
+        self.explorer = explorer
+        self.marks = marks
+
+    def recipe(self, name: str | None, damping: float | Literal["auto"]) -> Recipe:
+        return recipe_with(name or self.explorer.defaults.recipe, damping)
+
+    def train(self, index: int) -> ExampleOut:
+        shelf = self.explorer.library.train
+        example = shelf.example(index)
+        mark = self.marks.all().get(shelf.stored_id(index))
+        found = _example(example, f"/api/train/{index}/image")
+        return found if mark is None else found.model_copy(update={"mark": mark_out(mark, index)})
+
+    def query(self, shelf: Shelf, index: int) -> ExampleOut:
+        name = shelf.table.name.removeprefix("queries/")
+        return _example(shelf.example(index), f"/api/sets/{name}/queries/{index}/image")
+
+    def ranked(self, ranked: Ranked) -> list[ScoredOut]:
+        pairs = zip(ranked.indices.tolist(), ranked.scores.tolist(), strict=True)
+        return [ScoredOut(example=self.train(i), score=s) for i, s in pairs]
+
+
+def _example(example: Example, picture: str) -> ExampleOut:
+    row = example.row
+    return ExampleOut(
+        index=example.index,
+        id=example.id,
+        label=example.label,
+        source=example.source,
+        group=example.group,
+        text=example.text,
+        row=None if row is None else [x if math.isfinite(x) else None for x in row],
+        image=None if example.image is None else picture,
+        loss=example.loss,
+        p=example.p,
+    )
+
+
+def mark_out(mark: Mark, index: int | None) -> MarkOut:
+    return MarkOut(
+        id=mark.id,
+        action=mark.action,
+        label=mark.label,
+        note=mark.note,
+        at=mark.at,
+        revision=mark.revision,
+        index=index,
+    )
+
+
+def listed_marks(explorer: Explorer, marks: Marks) -> list[tuple[Mark, int | None]]:
+    """Every mark, newest first, with its example's position (None: the run has no such id)."""
+    shelf = explorer.library.train
+    found: list[tuple[Mark, int | None]] = []
+    for mark in reversed(list(marks.all().values())):
+        found.append((mark, shelf.index_of(mark.id) if shelf.has(mark.id) else None))
+    return found
+
+
+def decide(explorer: Explorer, marks: Marks, given: MarkIn) -> MarkOut:
+    """Mark a training example of the run. Raises AbsentError, ConflictError, StoreError."""
+    shelf = explorer.library.train
+    index = given.index if given.index is not None else shelf.index_of(given.id or "")
+    label = given.label if given.action == "relabel" else None
+    mark = marks.set(shelf.stored_id(index), given.action, label, given.note, given.revision)
+    return mark_out(mark, index)
