@@ -16,7 +16,8 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import default_collate
+from torch.utils._pytree import tree_map
+from torch.utils.data import TensorDataset, default_collate
 
 from tda.errors import DataError
 
@@ -24,6 +25,7 @@ RIDE_ALONG = ("id", "source", "group", "text", "image")
 _TARGETS = ("target", "labels", "label")
 _DIGEST_BYTES = 16
 _MAX_TEXT = 2000
+_HASHED_BYTES = 2**22  # of arrays, laid out example by example at a time
 
 Batch = tuple[Any, ...] | dict[str, Any]
 
@@ -68,7 +70,7 @@ class _Arrays:
     def __len__(self) -> int:
         return len(self.arrays[0])
 
-    def __getitem__(self, index: int | slice) -> tuple[torch.Tensor, ...]:
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
         return tuple(array[index] for array in self.arrays)
 
 
@@ -92,6 +94,8 @@ def as_dataset(data: Any) -> Dataset:
     """
     if isinstance(data, np.ndarray | torch.Tensor):
         data = (data,)
+    if type(data) is TensorDataset:
+        data = data.tensors
     if isinstance(data, tuple) and all(isinstance(a, np.ndarray | torch.Tensor) for a in data):
         _same_length({f"array {i}": a for i, a in enumerate(data)})
         dataset: Any = _Arrays([torch.as_tensor(a) for a in data])
@@ -122,8 +126,11 @@ def _same_length(arrays: Mapping[Any, Any]) -> None:
         )
 
 
-def split(example: Any) -> tuple[Any, dict[str, Any]]:
-    """An example as (what the model and the measurement see, what rides along)."""
+def split(example: Any, num_examples: int = 1) -> tuple[Any, dict[str, Any]]:
+    """An example as (what the model and the measurement see, what rides along).
+
+    Or, of arrays with a first axis of ``num_examples``, all of them at once.
+    """
     content: Any
     if isinstance(example, Mapping):
         extras = {name: example[name] for name in RIDE_ALONG if example.get(name) is not None}
@@ -136,7 +143,11 @@ def split(example: Any) -> tuple[Any, dict[str, Any]]:
         content = tuple(_tensor(value) for value in values)
         extras = {}
         target = content[-1] if len(content) > 1 else None
-    if "label" not in extras and isinstance(target, torch.Tensor) and target.numel() == 1:
+    if (
+        "label" not in extras
+        and isinstance(target, torch.Tensor)
+        and target.numel() == num_examples
+    ):
         extras["label"] = target
     return content, extras
 
@@ -167,28 +178,73 @@ def _digest(content: Any, state: Any) -> None:
         state.update(repr(content).encode())
 
 
-def describe(dataset: Dataset, tick: Callable[[int], None] = lambda done: None) -> Examples:
+def _stacked(dataset: Dataset) -> tuple[Any, dict[str, Any]] | None:
+    """`split` of all examples at once, where the data set is made of arrays; else None."""
+    if isinstance(dataset, _Arrays):
+        return split(tuple(dataset.arrays), len(dataset))
+    if not isinstance(dataset, _Rows):
+        return None
+    seen = {name: v for name, v in dataset.arrays.items() if name not in RIDE_ALONG}
+    for name, values in seen.items():
+        if isinstance(values, np.ndarray) and values.dtype.kind in "biuf":
+            # Like a Python float, one float64 an example is a float32 to every model.
+            alone = values.ndim == 1 and values.dtype == np.float64
+            seen[name] = values.astype(np.float32) if alone else values
+        elif not isinstance(values, torch.Tensor):
+            return None
+    return split({**dataset.arrays, **seen}, len(dataset))
+
+
+def _digests(content: Any, num_examples: int, tick: Callable[[int], None]) -> np.ndarray:
+    """`_digest` of each example of stacked tensors: ``[example, 16]``."""
+    names = sorted(content) if isinstance(content, Mapping) else range(len(content))
+    digests = bytearray()
+    one = sum(content[name][:1].nbytes for name in names)
+    step = max(1, _HASHED_BYTES // max(1, one))
+    for start in range(0, num_examples, step):
+        count = min(step, num_examples - start)
+        parts = []
+        for name in names:
+            array = content[name][start : start + count].detach().cpu().contiguous()
+            key = f"{name}=" if isinstance(content, Mapping) else ""
+            head = f"{key}{array.dtype}{tuple(array.shape[1:])}".encode()
+            parts.append(np.broadcast_to(np.frombuffer(head, np.uint8), (count, len(head))))
+            parts.append(array.reshape(-1).view(torch.uint8).numpy().reshape(count, -1))
+        for data in np.concatenate(parts, axis=1):
+            digests += hashlib.blake2b(data, digest_size=_DIGEST_BYTES).digest()
+        tick(count)
+    return np.frombuffer(digests, np.uint8).reshape(-1, _DIGEST_BYTES)
+
+
+def describe(dataset: Dataset, tick: Callable[[int], None] = lambda count: None) -> Examples:
     """Read a data set once: ids, content digests and columns.
 
     An id that is not given is the digest of the content; the second of two equal examples gets
-    the suffix ``.1``, and so on. ``tick(done)`` is called after each example.
+    the suffix ``.1``, and so on. ``tick(count)`` is called whenever that many more are read.
     Raises DataError when given ids repeat, or an example cannot be read.
     """
-    digests = np.empty((len(dataset), _DIGEST_BYTES), np.uint8)
-    extras: list[dict[str, Any]] = []
-    for index in range(len(dataset)):
-        content, extra = split(read(dataset, index))
-        state = hashlib.blake2b(digest_size=_DIGEST_BYTES)
-        _digest(content, state)
-        digests[index] = np.frombuffer(state.digest(), np.uint8)
-        extras.append(extra)
-        tick(index + 1)
-    columns = {
-        name: _column(name, [extra.get(name) for extra in extras])
+    extras: dict[str, list[Any]] = {}
+    stacked = _stacked(dataset)
+    if stacked is not None:
+        digests = _digests(stacked[0], len(dataset), tick)
+        for name, values in stacked[1].items():
+            extras[name] = values.flatten().tolist() if name == "label" else [*values]
+    else:
+        digests = np.empty((len(dataset), _DIGEST_BYTES), np.uint8)
+        for index in range(len(dataset)):
+            content, extra = split(read(dataset, index))
+            state = hashlib.blake2b(digest_size=_DIGEST_BYTES)
+            _digest(content, state)
+            digests[index] = np.frombuffer(state.digest(), np.uint8)
+            for name, value in extra.items():
+                extras.setdefault(name, [None] * len(dataset))[index] = value
+            tick(1)
+    columns: dict[str, np.ndarray] = {
+        name: _column(name, extras[name])
         for name in ("label", "source", "group", "text", "image")
-        if any(name in extra for extra in extras)
+        if name in extras
     }
-    return Examples(_ids(extras, digests), digests, columns)
+    return Examples(_ids(extras.get("id"), digests), digests, columns)
 
 
 def read(dataset: Dataset, index: int) -> Any:
@@ -205,9 +261,9 @@ def read(dataset: Dataset, index: int) -> Any:
         ) from error
 
 
-def _ids(extras: list[dict[str, Any]], digests: np.ndarray) -> np.ndarray:
-    if any("id" in extra for extra in extras):
-        ids = [str(extra["id"]) if "id" in extra else None for extra in extras]
+def _ids(given: list[Any] | None, digests: np.ndarray) -> np.ndarray:
+    if given is not None:
+        ids = [None if name is None else str(name) for name in given]
         if None in ids:
             raise DataError("an example has no id while others have one", where=ids.index(None))
         repeated = [f"{name!r} ({n} times)" for name, n in Counter(ids).items() if n > 1]
@@ -219,13 +275,14 @@ def _ids(extras: list[dict[str, Any]], digests: np.ndarray) -> np.ndarray:
                 do="make the ids unique, or leave them out: content hashes are used then",
             )
         return np.array(ids, dtype=np.str_)
-    seen: Counter[str] = Counter()
-    names = []
-    for digest in digests:
-        name = digest.tobytes().hex()
-        names.append(f"{name}.{seen[name]}" if seen[name] else name)
-        seen[name] += 1
-    return np.array(names, dtype=np.str_)
+    text = digests.tobytes().hex().encode()
+    names = np.frombuffer(text, f"S{2 * _DIGEST_BYTES}").astype(np.str_)
+    again: Counter[str] = Counter()
+    distinct = []
+    for name in names.tolist():
+        distinct.append(f"{name}.{again[name]}" if again[name] else name)
+        again[name] += 1
+    return names if len(again) == len(names) else np.array(distinct, dtype=np.str_)
 
 
 def _column(name: str, values: list[Any]) -> np.ndarray:
@@ -294,9 +351,10 @@ def batches(
     dataset: Dataset, start: int, stop: int, batch_size: int, function: Collate | None = None
 ) -> Iterator[tuple[int, Batch]]:
     """(index of the first example, batch) over ``start:stop``; the last batch may be short."""
+    stacked = _stacked(dataset) if function is None else None
     for first in range(start, stop, batch_size):
         last = min(first + batch_size, stop)
-        if isinstance(dataset, _Arrays) and function is None:  # a slice is a batch already
-            yield first, dataset[first:last]
-        else:
+        if stacked is None:
             yield first, collate([read(dataset, i) for i in range(first, last)], function)
+        else:  # a slice is a batch; a copy, for a model may change its input in place
+            yield first, tree_map(lambda v, s=slice(first, last): v[s].clone(), stacked[0])

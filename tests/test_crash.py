@@ -35,11 +35,11 @@ images, labels = load_digits(return_X_y=True)
 data = ((images[:{NUM_ROWS}] / 16).astype("float32"), labels[:{NUM_ROWS}])
 featurize = Featurizer.__call__
 
-def logged(self, batch, num_examples):
+def logged(self, batch, num_examples, train=False):
     with open(log, "a") as file:
         file.write("batch\\n")
     time.sleep(pause)
-    return featurize(self, batch, num_examples)
+    return featurize(self, batch, num_examples, train)
 
 Featurizer.__call__ = logged
 tda.index(tda.Task(model, [first, second]), data, path, proj_dim=64, progress=False,

@@ -8,8 +8,9 @@ from torch import Tensor
 
 import tda
 from tda.gradients import Dense, Factor, Lookup, Outer
-from tda.projection import Projection
+from tda.projection import Pilot, Projection
 from tda.projection import tiles as tiling
+from tda.projection.kronecker import _leading
 from tda.projection.sketches import CountSketch
 
 SHAPES = [(30, 40), (100, 70), (30, 200), (5, 5)]  # sides below and above DIM
@@ -106,3 +107,39 @@ def test_only_large_layers_with_one_position_are_sketched_as_outer_products(tmp_
 def test_a_count_sketch_wider_than_the_model_is_the_gradient_itself():
     assert Projection("count_sketch", 100).resolve({"w": (5, 5)}, []).kind == "identity"
     assert Projection("count_sketch", 24).resolve({"w": (5, 5)}, []).kind == "count_sketch"
+
+
+@pytest.mark.parametrize("positions", [1, 5, 60])
+def test_a_pilots_moments_are_those_of_the_formed_gradients(positions):
+    """Σ G Gᵀ, Σ Gᵀ G and Σ‖G‖², by Gram matrices of positions or not."""
+    factor, whole, formed = outer(30, 20, positions), Pilot(), Pilot()
+    grad = factor.rows(0, 30).double()
+    whole.add("w", [factor])
+    formed.add("w", [Dense(grad.float())])
+    left = torch.einsum("boi,bpi->op", grad, grad)
+    right = torch.einsum("boi,boj->ij", grad, grad)
+    for pilot in (whole, formed):
+        torch.testing.assert_close(pilot.left["w"], left, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(pilot.right["w"], right, rtol=1e-4, atol=1e-4)
+        assert pilot.energy["w"] == pytest.approx(float(left.trace()), rel=1e-4)
+
+
+@pytest.mark.parametrize("decay", [0.5, 2.0], ids=["flat", "steep"])
+def test_leading_vectors_hold_as_much_as_eigenvectors(decay):
+    """Subspace iteration on a wide side: orthonormal, and the trace within 1 % of the most."""
+    size, rank = 300, 10
+    basis = torch.linalg.qr(torch.randn(size, size).double())[0]
+    values = torch.arange(1, size + 1).double() ** -decay
+    moment = (basis * values) @ basis.T
+    found = _leading(moment, rank, 0, "w")
+    torch.testing.assert_close(found.T @ found, torch.eye(rank).double(), rtol=0, atol=1e-10)
+    assert float((found * (moment @ found)).sum()) > 0.99 * float(values[:rank].sum())
+    assert torch.equal(found, _leading(moment, rank, 0, "w"))
+
+
+def test_leading_vectors_of_a_moment_of_low_rank():
+    """Units that are never active leave zeros: what is spanned is found to the last digit."""
+    factor = torch.randn(300, 5).double()
+    factor[::2] = 0
+    found = _leading(factor @ factor.T, 10, 0, "w")
+    torch.testing.assert_close(found @ (found.T @ factor), factor, rtol=0, atol=1e-8)

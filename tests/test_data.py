@@ -1,0 +1,92 @@
+"""However the same examples are given, they are the same examples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+import tda
+from tda import data as reading
+from tda.data import as_dataset, batches, describe
+
+NUM = 11
+_images = torch.randn(NUM, 2, 3)
+_images[4] = _images[1]  # the same content twice
+_labels = torch.arange(NUM) % 3
+_labels[4] = _labels[1]
+
+ARRAYS: dict[str, Any] = {
+    "one array": _images,
+    "tuple": (_images, _labels),
+    "numpy": (_images.numpy(), _labels.numpy().astype("uint8")),
+    "strided": (_images.transpose(1, 2)[:, ::2], _labels.bool()),
+    "column of targets": (_images, _labels[:, None].double()),
+    "several targets": (_images, torch.randn(NUM, 3)),
+    "tokens": {"input_ids": _labels[:, None].expand(NUM, 5), "attention_mask": _labels > 0},
+    "a float64 an example": {"input": _images.numpy(), "target": np.arange(NUM) / 7},
+    "a label only shown": {"input": _images, "target": _labels, "label": NUM - _labels.numpy()},
+    "bfloat16": {"input": _images.bfloat16(), "label": _labels},
+    "riding along": {
+        "input": _images,
+        "target": _labels,
+        "id": [f"n{i}" for i in range(NUM)],
+        "source": np.array(["a", "b"] * 6)[:NUM],
+        "text": [None, *["words"] * (NUM - 1)],
+        "image": np.zeros((NUM, 4, 4), np.uint8),
+    },
+}
+
+
+class OneByOne:
+    """The same examples, of which only one is seen at a time."""
+
+    def __init__(self, data: Any) -> None:
+        self.data = as_dataset(data)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.data[index]
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_arrays_hash_as_their_examples_do(monkeypatch, name):
+    """Digests, ids and columns, whatever is laid out at a time."""
+    monkeypatch.setattr(reading, "_HASHED_BYTES", 100)
+    ticks: list[int] = []
+    together = describe(as_dataset(ARRAYS[name]), ticks.append)
+    alone = describe(OneByOne(ARRAYS[name]))
+    np.testing.assert_array_equal(together.digests, alone.digests)
+    np.testing.assert_array_equal(together.ids, alone.ids)
+    assert together.columns.keys() == alone.columns.keys()
+    for column, values in alone.columns.items():
+        np.testing.assert_array_equal(together.columns[column], values, strict=True)
+    assert sum(ticks) == NUM
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_a_slice_of_arrays_is_the_batch_of_their_examples(name):
+    together = list(batches(as_dataset(ARRAYS[name]), 2, NUM, 4))
+    alone = list(batches(OneByOne(ARRAYS[name]), 2, NUM, 4))
+    torch.testing.assert_close(together, alone, rtol=0, atol=0)
+    assert [type(batch) for _, batch in together] == [type(batch) for _, batch in alone]
+
+
+def test_a_tensor_data_set_is_its_tensors():
+    given, tensors = TensorDataset(_images, _labels), (_images, _labels)
+    assert describe(as_dataset(given)).digest() == describe(as_dataset(tensors)).digest()
+
+
+def test_a_model_that_changes_its_input_does_not_change_the_data(tmp_path):
+    """Or the second checkpoint would see other examples than the first."""
+    model = torch.nn.Sequential(
+        torch.nn.ReLU(inplace=True), torch.nn.Flatten(), torch.nn.Linear(6, 3)
+    )
+    before = _images.clone()
+    tda.index(tda.Task(model), (_images, _labels), tmp_path / "run", progress=False)
+    assert torch.equal(_images, before)
