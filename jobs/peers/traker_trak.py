@@ -1,0 +1,59 @@
+"""traker: TRAK with its own defaults, on its CPU projector (its CUDA one has to be compiled)."""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Any
+
+import numpy as np
+import torch
+from bundle import Bundle, run
+from trak import TRAKer
+from trak.modelout_functions import ImageClassificationModelOutput
+from trak.projectors import BasicProjector, ProjectionType
+
+BATCH = 64
+
+
+def trak(given: Bundle, proj_dim: int) -> np.ndarray:
+    if not given.is_classification:
+        raise SystemExit("its outputs are those of classifiers")
+    with tempfile.TemporaryDirectory() as folder:
+        return _scores(given, folder, proj_dim)
+
+
+def _scores(given: Bundle, folder: str, proj_dim: int) -> np.ndarray:
+    model = given.model(0)
+    projector = BasicProjector(
+        grad_dim=sum(p.numel() for p in model.parameters()),
+        proj_dim=proj_dim,
+        seed=0,
+        proj_type=ProjectionType.rademacher,
+        device=torch.device("cpu"),
+    )
+    number = len(given.train)
+    traker: Any = TRAKer(
+        model=model,
+        task=ImageClassificationModelOutput(),
+        train_set_size=number,
+        save_dir=folder,
+        device="cpu",
+        projector=projector,
+        proj_dim=proj_dim,
+        use_half_precision=False,
+    )
+    kept = range(len(given.checkpoints))
+    for index in kept:
+        traker.load_checkpoint(given.weights(index), model_id=index)
+        for batch in given.loader(given.train, BATCH):
+            traker.featurize(batch=batch, num_samples=len(batch[0]))
+    traker.finalize_features()
+    for index in kept:
+        traker.start_scoring_checkpoint("queries", given.weights(index), index, len(given.queries))
+        for batch in given.loader(given.queries, BATCH):
+            traker.score(batch=batch, num_samples=len(batch[0]))
+    return np.array(traker.finalize_scores("queries")).T
+
+
+if __name__ == "__main__":
+    run({"trak": lambda b: trak(b, 2048), "trak k=512": lambda b: trak(b, 512)})

