@@ -135,7 +135,8 @@ def second_moments(
     """H = (1/N) Σ h x xᵀ over the N rows of all parts, for every block of columns.
 
     One pass over each table. ``whole``: the whole matrix, in its dual form where N is smaller than
-    the block, unless not ``dual``; else its diagonal. Raises StoreError if a chunk is missing or altered.
+    the block, unless not ``dual``; else its diagonal. Raises StoreError if a chunk is missing or
+    altered.
     """
     count = sum(part.table.num_rows for part in parts)
     widths = [block.stop - block.start for block in blocks]

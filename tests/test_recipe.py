@@ -15,8 +15,8 @@ from tda.recipes import RECIPES, get_recipe
 
 PUBLISHED = {
     "grad_dot", "grad_cos", "tracin", "less", "trak", "d_trak", "trackstar", "influence",
-    "influence_gn", "influence_ekfac", "influence_shrunk", "influence_cg", "relatif", "relatif_l", "datainf", "arnoldi",
-    "source",
+    "influence_gn", "influence_ekfac", "influence_shrunk", "influence_cg", "relatif", "relatif_l",
+    "datainf", "arnoldi", "source",
 }  # fmt: skip
 
 

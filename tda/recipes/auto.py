@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from tda.recipe import Recipe
+from tda.recipe import CurvatureRows, Recipe
 from tda.recipes import get_recipe, influence, influence_gn, influence_shrunk
 from tda.store.manifest import CURVATURE
 
@@ -28,7 +28,7 @@ def recipe_for(store: Store, recipe: str | Recipe) -> Recipe:
 def choose(store: Store) -> Recipe:
     """The recipe for a run, whose ``summary`` says why in one line."""
     eigen = store.manifest["projection"]["kind"] == "eigenbasis"
-    rows = "gauss_newton" if (store.path / CURVATURE).is_dir() else "link"
+    rows: CurvatureRows = "gauss_newton" if (store.path / CURVATURE).is_dir() else "link"
     whose = "every output" if rows == "gauss_newton" else "the label's output"
     why = f"the curvature of {whose}"
     if eigen:
