@@ -155,6 +155,12 @@ def test_query_writes_the_engines_answer_to_json_and_parquet(config, run, tmp_pa
     assert sorted(p.name for p in tmp_path.iterdir()) == ["answers.json", "answers.parquet"]
 
 
+def test_auto_says_which_recipe_it_is_and_why(run):
+    found = ran("query", run, "--recipe", "auto", "--show", 1)
+    assert "auto: influence. Chosen for" in " ".join(found.output.split())
+    assert "· influence" in found.output
+
+
 def test_query_prints_ids_as_they_are_and_only_the_queries_asked_for(run):
     output = ran("query", run, "--id", "q2", "-k", 33).output
     assert "query q2" in output

@@ -36,7 +36,7 @@ QuerySet = Annotated[
 ]
 RecipeName = Annotated[
     str | None,
-    typer.Option("--recipe", metavar="NAME", help="The method; `tda recipes` lists them."),
+    typer.Option("--recipe", metavar="NAME", help="`tda recipes` lists them; or auto."),
 ]
 
 
@@ -175,9 +175,9 @@ def query(
         answers.check_format(out)
     opened = open_workload(target, set_ or ())
     name = opened.query_set(queries)
-    chosen, depth = recipe or opened.defaults.recipe, k or opened.defaults.k
+    chosen, depth = opened.recipe(recipe), k or opened.defaults.k
     top = opened.run.top_k(name, k=depth, recipe=chosen, approximate=approximate)
-    answer = answers.collect(opened.run, name, chosen, top, ids or ())
+    answer = answers.collect(opened.run, name, chosen.name, top, ids or ())
     for table in answer.tables(show):
         tables.show(table)
     if answer.num_queries > show and out is None:
@@ -207,9 +207,10 @@ def score(
     from tda.cli.workload import open_workload
 
     opened = open_workload(target, set_ or ())
-    name, chosen = opened.query_set(queries), recipe or opened.defaults.recipe
-    where = out or opened.run.path / "scores" / f"{name}-{chosen}.zarr"
-    write_scores(opened.run.scores(name, recipe=chosen), where, queries=name, recipe=chosen)
+    name, chosen = opened.query_set(queries), opened.recipe(recipe)
+    where = out or opened.run.path / "scores" / f"{name}-{chosen.name}.zarr"
+    scores = opened.run.scores(name, recipe=chosen)
+    write_scores(scores, where, queries=name, recipe=chosen.name)
     typer.echo(where)
 
 

@@ -8,11 +8,14 @@ from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import typer
+
 import tda
 from tda.config import Config, QuerySection, ValueSection, load_code, load_config
 from tda.errors import ConfigError, StoreError
 
 if TYPE_CHECKING:
+    from tda.recipe import Recipe
     from tda.run import Run
     from tda.task import Task
 
@@ -32,6 +35,14 @@ class Opened:
     @property
     def valuation(self) -> ValueSection:
         return self.config.value if self.config else ValueSection()
+
+    def recipe(self, name: str | None) -> Recipe:
+        """The recipe that is meant; says on the error stream which one "auto" is, and why."""
+        asked = name or self.defaults.recipe
+        chosen = self.run.recipe(asked)
+        if asked != chosen.name:
+            typer.echo(f"{asked}: {chosen.name}. {chosen.summary}", err=True)
+        return chosen
 
     def query_set(self, name: str | None) -> str:
         """The query set that is meant, stored in the run.

@@ -90,14 +90,14 @@ class Explorer:
     ) -> None:
         require_train(run.path)
         self.run = run
-        self.defaults = defaults or QuerySection()
+        given = defaults or QuerySection()
+        self.defaults = given.model_copy(update={"recipe": run.recipe(given.recipe).name})
         self.make_example = make_example
         self.library = Library(run.path)
         self.writing = Lock()  # one upload at a time
         self._held = Held(HELD_BYTES)
         self._rows = Held(ROW_BYTES)
         self._scanning = Lock()  # two scans at once take as long as one after the other
-        get_recipe(self.defaults.recipe)
 
     @property
     def path(self) -> Path:
