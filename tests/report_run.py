@@ -13,6 +13,11 @@ import dask.array as da
 import numpy as np
 from sklearn.datasets import load_digits
 
+from tda import valuation
+from tda.recipes import get_recipe
+from tda.report.findings import Findings
+from tda.valuation.duplicates import Pairs
+
 # ---- a run without a model
 
 
@@ -65,6 +70,9 @@ class FakeRun:
     cosine: np.ndarray  # [query, train]
     itself: np.ndarray  # [train]
     queries: list[str] = field(default_factory=lambda: ["test"])
+
+    def recipe(self, recipe: Any) -> Any:
+        return get_recipe(recipe)
 
     def scores(self, name: str, recipe: Any) -> da.Array:
         other = self.matrix if getattr(recipe, "name", recipe) == "influence" else self.cosine
@@ -149,6 +157,40 @@ def digits_run(path: Path, num_train: int = 200, num_queries: int = 40) -> FakeR
     tables = {"train": table(train, "train"), "queries/test": table(query, "test")}
     itself = (3e-3 * hardness[train] ** 1.5 * generator.gamma(4, 0.25, num_train)).astype("f4")
     return FakeRun(FakeStore(path, tables, MANIFEST), matrix, cosine, itself)
+
+
+def fake_find(
+    run: Any, query_name: str, recipe: Any, self_influence: np.ndarray, with_knn: bool = True
+) -> Findings:
+    """What `tda.report.findings.find` would find: three replicates around the matrix's sums, wrong
+    labels by neighbours in the cosines, a pair of copies, and a leak."""
+    train, queries = run.store.table("train"), run.store.table(f"queries/{query_name}")
+    count = train.num_rows
+    total = run.matrix.sum(0, dtype=np.float64)
+    shift = np.random.default_rng(1).normal(size=count) * 0.2 * np.abs(total).max()
+    replicates = np.stack([total - shift, total, total + shift])[:, None]
+    ids, asked = train.column("id"), queries.column("id")
+    labels = train.held.get("label")
+    near = valuation.neighbours(run.cosine.T)
+    classes = labels is not None and labels.dtype.kind != "f"
+    one = np.ones(1)
+    pairs = Pairs(np.array([0]), np.array([1]), 0.999 * one, 0.998 * one, one > 2)
+    two = np.array([0, 1])
+    copies = valuation.DuplicateGroups(two, two * 0, two * 0, two > 5, ids, pairs)
+    leak = Pairs(np.array([0]), np.array([2]), one, one, one > 0)
+    return Findings(
+        values=valuation.Values(
+            ids, ("all",), np.array([queries.num_rows]), replicates, None, False, "influence"
+        ),
+        suspects=valuation.mislabelled(labels, near, self_influence) if classes else None,
+        outliers=valuation.outliers(near, labels if classes else None),
+        copies=copies,
+        leakage=valuation.Leakage(leak, asked, ids, queries.num_rows),
+        stability=(0.8, 0.9, 0.7),
+        projection=0.9,
+        knn=total + shift,
+        damping=(0.25, 0.125),
+    )
 
 
 # ---- reading a page back

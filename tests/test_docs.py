@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -54,7 +55,7 @@ def test_commands_run_in_order(tmp_path, monkeypatch):
     few = "--set evaluate.num_subsets=2 --set evaluate.workers=1"  # of 64
     for command in commands:
         words = f"{command} {few}" if "evaluate" in command else command
-        result = CliRunner().invoke(app, words.split()[1:])
+        result = CliRunner().invoke(app, shlex.split(words)[1:])
         assert result.exit_code == 0, f"{command}\n{result.output}\n{result.exception!r}"
     assert (tmp_path / "stores/demo/report.html").stat().st_size > 10_000
     assert (tmp_path / "answers.parquet").exists()

@@ -5,21 +5,32 @@ from __future__ import annotations
 import json
 import re
 import tracemalloc
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import dask.array as da
 import numpy as np
 import pytest
-from report_run import FakeRun, FakeTopK, Page, digits_run
+from report_run import FakeRun, FakeTopK, Page, digits_run, fake_find
 
 from tda.recipes import RECIPES
 from tda.report import collect, render, summarise
 from tda.report.agreement import spearman
 from tda.report.data import CLEAR, Values
 from tda.report.examples import Gallery, clean
+from tda.report.findings import Findings
 from tda.report.gather import select
 from tda.report.numbers import percent, plain, unit_exponent
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _found() -> Iterator[None]:
+    """A run without a model holds no rows to find anything in."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr("tda.report.gather.find", fake_find)
+    yield
+    patch.undo()
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +162,8 @@ def test_undefined_losses_and_values_of_zero_break_nothing(tmp_path):
     assert not re.search(r"\bnan\b|\binf\b", page.text, re.I)
 
 
-def test_the_score_matrix_is_never_held_whole(tmp_path):
+def test_the_score_matrix_is_never_held_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr("tda.report.gather.find", lambda *_: Findings())
     num_train, num_queries = 40_000, 400  # 64 MB of scores
     run = digits_run(tmp_path, num_train=40, num_queries=8)
     tile = {"train": num_train // 40, "queries/test": num_queries // 8}

@@ -4,6 +4,10 @@
 
 ``collect`` reads the store, ``render`` knows nothing of it; ``summarise`` gives the same numbers
 as JSON.
+
+findings → decisions → actions      what looks wrong, and what to do about it
+trust, removal → counterfactual     whether to believe it; what removal would do, and did
+artifacts, difference, gates        the files beside the page, what changed, and gates for CI
 """
 
 from __future__ import annotations

@@ -59,6 +59,24 @@ def shared_agreement(
     )
 
 
+def value_agreement(
+    recipe: str, value: np.ndarray, knn: np.ndarray | None
+) -> tuple[Agreement, ...]:
+    """Spearman correlation of the values and those of k nearest neighbours (KNN-Shapley)."""
+    each = float("nan") if knn is None else spearman(value, knn)
+    if not np.isfinite(each):
+        return ()
+    return (
+        Agreement(
+            left=recipe,
+            right="KNN-Shapley",
+            measure="rank correlation of the values of all training examples",
+            value=each,
+            count=int(value.size),
+        ),
+    )
+
+
 def self_influence_agreement(
     self_influence: np.ndarray, loss: np.ndarray | None
 ) -> tuple[Agreement, ...]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import matplotlib
 import numpy as np
@@ -19,6 +20,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from tda.report.numbers import superscript, unit
+
+if TYPE_CHECKING:
+    from tda.report.removal import Curve, Measured
 
 COLOURS = {
     "#010101": "var(--ink)",
@@ -129,6 +133,40 @@ def suspicion(self_influence: np.ndarray, loss: np.ndarray, num_marked: int) -> 
         axes.set_xlabel("loss")
         axes.set_ylabel("self-influence")
         return _svg(figure, "suspicion")
+
+
+def removal(
+    curves: Sequence[Curve], measured: Sequence[Measured], num_train: int, exponent: int
+) -> str:
+    """Predicted change of the mean loss as examples are left out, and the retrained points."""
+    scale = 10.0**-exponent
+    colours = (HELP, HURT, NEUTRAL)
+    with _figure("removal", (5.4, 3.4)) as (figure, axes):
+        axes.axhline(0, color=LINE, linewidth=0.8)
+        for curve, colour in zip(curves, colours, strict=False):
+            x = [100 * fraction for fraction in curve.fractions]
+            y = [scale * value for value in curve.predicted]
+            axes.plot(x, y, color=colour, linewidth=1.6)
+            axes.text(x[-1], y[-1], curve.name + " ", color=colour, ha="right", va="bottom")
+        for each in measured:
+            share = 100 * (each.count + each.relabelled) / num_train
+            change, reach = scale * each.change, (each.change - each.low, each.high - each.change)
+            names = [each.name.startswith(curve.name.removesuffix(" first")) for curve in curves]
+            axes.errorbar(
+                share,
+                change,
+                [[scale * reach[0]], [scale * reach[1]]],
+                color=colours[names.index(True)] if any(names) else INK,
+                fmt="o",
+                markersize=4,
+                linewidth=1,
+            )
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f} %"))
+        axes.yaxis.set_major_locator(MaxNLocator(6))
+        axes.yaxis.set_major_formatter(FuncFormatter(_signed))
+        axes.set_xlabel("training examples left out")
+        axes.set_ylabel(f"change of loss ({unit(exponent)})" if exponent else "change of loss")
+        return _svg(figure, "removal")
 
 
 def _log(values: np.ndarray, usable: np.ndarray) -> np.ndarray:

@@ -7,9 +7,18 @@ Axes are the engine's: query, train, checkpoint; a score > 0 means "training on 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from tda.report.decisions import Decisions
+    from tda.report.difference import Difference
+    from tda.report.removal import Removal
+    from tda.report.trust import Trust
+    from tda.valuation import Significance
 
 CLEAR = 3.0
 """A mean counts as clear when it is this many standard errors from zero (.3 % by chance)."""
@@ -35,10 +44,16 @@ class Example:
 
 @dataclass(frozen=True, eq=False)
 class Scored:
-    """An example with the one number it is ranked by (score, cosine, value, self-influence)."""
+    """An example with the one number it is ranked by (score, cosine, value, self-influence).
+
+    low, high: a value's 95 % interval, and whether its sign survives; None where not known.
+    """
 
     example: Example
     score: float
+    low: float | None = None
+    high: float | None = None
+    reliable: bool | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,11 +86,38 @@ class Values:
     """The value of each training example: its mean score over *all* queries of the set.
 
     ``mean`` [train]; ``error`` [train] is the standard error of that mean over the queries, or
-    None when there are too few.
+    None when there are too few. ``sure`` [train]: how it changes with the training, from
+    ``num_replicates`` of them; ``covers`` says what that is.
     """
 
     mean: np.ndarray
     error: np.ndarray | None = None
+    sure: Significance | None = None
+    num_replicates: int = 0
+    independent: bool = False
+    covers: str = "nothing: it was not measured"
+
+    @property
+    def has_intervals(self) -> bool:
+        return self.sure is not None and bool(np.isfinite(self.sure.low).any())
+
+    def interval(self, index: int) -> tuple[float | None, float | None]:
+        """The 95 % interval of a value; (None, None) where it is not known."""
+        if self.sure is None or not np.isfinite(self.sure.low[index]):
+            return None, None
+        return float(self.sure.low[index]), float(self.sure.high[index])
+
+    def reliable(self, index: int) -> bool | None:
+        """Whether the sign of a value survives; None where that cannot be told."""
+        if self.sure is None or not np.isfinite(self.sure.q[index]):
+            return None
+        return bool(self.sure.reliable[index])
+
+    @property
+    def num_reliable(self) -> int | None:
+        return (
+            int(self.sure.reliable.sum()) if self.sure is not None and self.has_intervals else None
+        )
 
     @property
     def num_helping(self) -> int:
@@ -125,6 +167,11 @@ class Slice:
     share_helping: float  # share of them with value > 0
     share_of_influence: float  # Σ|value| here over Σ|value| everywhere
     share_of_self_influence: float
+    low: float | None = None  # the 95 % interval of ``mean``
+    high: float | None = None
+    reliable: bool | None = None
+    gini: float = 0.0  # of |value| within the slice
+    share_flagged: float | None = None  # likely mislabelled, of the slice's examples
 
 
 @dataclass(frozen=True)
@@ -134,6 +181,7 @@ class Rollup:
     column: str
     slices: tuple[Slice, ...]
     num_omitted: int = 0
+    gini: float = 0.0  # of Σ|value| over slices: 0 where all slices carry the same
 
     @property
     def largest_mean(self) -> float:
@@ -216,6 +264,21 @@ class Card:
 
 
 @dataclass(frozen=True, eq=False)
+class Ledger:
+    """What the files beside the page hold, whole: every example, every query's answer.
+
+    columns: of the training set by name (``id``, and ``label``, ``source``, ``group`` where there
+    are), as stored. flags: name → [train] bool. others: values of other kinds, [train].
+    answers: columns of ``top_k.parquet``.
+    """
+
+    columns: Mapping[str, np.ndarray]
+    flags: Mapping[str, np.ndarray]
+    others: Mapping[str, np.ndarray]
+    answers: Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True, eq=False)
 class ReportData:
     """Everything in one report. ``num_train`` and ``num_queries`` count the whole sets."""
 
@@ -232,6 +295,12 @@ class ReportData:
     train_loss: np.ndarray | None = None  # [train], last checkpoint
     train_p: np.ndarray | None = None  # [train], last checkpoint
     highest_loss: tuple[Scored, ...] = ()  # the loss baseline, the same for every query
+    decisions: Decisions | None = None
+    trust: Trust | None = None
+    removal: Removal | None = None
+    difference: Difference | None = None
+    ledger: Ledger | None = None
+    example: Callable[[int], Example] | None = None  # any training example, by index
     rollups: tuple[Rollup, ...] = ()
     class_matrix: ClassMatrix | None = None
     agreements: tuple[Agreement, ...] = ()

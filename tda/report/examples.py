@@ -74,6 +74,15 @@ class Gallery:
         column = self.column("label")
         return None if column is None else label_name(column[index], self._names)
 
+    def label_name(self, value: Any) -> str | None:
+        """How a value of the label column is shown."""
+        return label_name(value, self._names)
+
+    @property
+    def ids(self) -> np.ndarray:
+        """Ids as stored."""
+        return self._ids
+
     @property
     def classes(self) -> bool:
         """Whether labels are classes: stored as integers, not as targets of a regression."""

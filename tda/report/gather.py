@@ -6,30 +6,39 @@ one number per training example are ever held.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import dask
 import numpy as np
 
+from tda import valuation
 from tda.errors import DataError, RecipeError, TdaError
 from tda.recipe import Recipe
-from tda.recipes import get_recipe
-from tda.report.agreement import rank_agreement, self_influence_agreement, shared_agreement
+from tda.report.agreement import (
+    rank_agreement,
+    self_influence_agreement,
+    shared_agreement,
+    value_agreement,
+)
+from tda.report.artifacts import ledger
+from tda.report.card import card_of
 from tda.report.data import (
     ENOUGH_QUERIES,
     Agreement,
-    Card,
-    Checkpoint,
     ClassMatrix,
     Query,
     ReportData,
     Scored,
     Values,
 )
-from tda.report.examples import Gallery, clean
-from tda.report.rollups import class_matrix_factors, rollups
+from tda.report.decisions import decide, valued
+from tda.report.examples import Gallery
+from tda.report.findings import Findings, find
+from tda.report.removal import foretell
+from tda.report.rollups import categories, class_matrix_factors, rollups
+from tda.report.trust import judge
 
 NUM_SUSPECTS = 24
 NUM_EXTREMES = 10
@@ -47,26 +56,25 @@ def collect(
     label_names: Sequence[str] | None = None,
     compare: Sequence[str] = COMPARED,
     agreements: Sequence[Agreement] = (),
-    dampings: Sequence[float] = (),
+    with_knn: bool = True,
 ) -> ReportData:
     """What the report of ``run`` shows for one stored query set.
 
     query_name: a stored query set (the first when None); recipe: a name or a Recipe; k: answers
     shown per query and sign; label_names: names of labels 0, 1, …; compare: recipes whose scores
     are ranked against ``recipe``'s, each costing one more pass over the scores; agreements: more
-    of them, measured elsewhere (across checkpoints, against retraining); dampings: λ as used at
-    each checkpoint.
+    of them, measured elsewhere; with_knn: also the values of k nearest neighbours.
     Raises DataError when no such query set is stored.
     """
-    recipe = get_recipe(recipe)
+    chosen: Recipe = run.recipe(recipe)
     query_name = _query_set(run, query_name)
     queries = Gallery(run.store.table(f"queries/{query_name}"), label_names)
     train = Gallery(run.store.table("train"), label_names)
     shown, selection = select(queries, max_queries)
     notes: list[str] = []
 
-    scores = run.scores(query_name, recipe)
-    others, skipped = _other_scores(run, query_name, recipe, compare)
+    scores = run.scores(query_name, chosen)
+    others, skipped = _other_scores(run, query_name, chosen, compare)
     notes += skipped
     factors = class_matrix_factors(queries, train)
     lazy: dict[str, Any] = {
@@ -80,42 +88,64 @@ def collect(
         lazy["matrix"] = factors.query @ scores @ factors.train
     (found,) = dask.compute(lazy)  # one pass over the blocks serves every reduction
 
-    values = _values(found["sums"], queries.num_rows)
-    self_influence, self_note = _self_influence(run, recipe)
-    notes += self_note
+    self_influence, self_note = _self_influence(run, chosen)
+    evidence = find(run, query_name, chosen, self_influence, with_knn)
+    values = _values(found["sums"], queries.num_rows, evidence)
     loss = train.last("loss")
     order = np.argsort(-values.mean, kind="stable")
-    best = [i for i in order[:NUM_EXTREMES] if values.mean[i] > 0]
-    worst = [i for i in order[::-1][:NUM_EXTREMES] if values.mean[i] < 0]
-    answered, baseline_note = _answers(run, query_name, recipe, k, shown, queries, train)
-    notes += baseline_note
+    best = [int(i) for i in order[:NUM_EXTREMES] if values.mean[i] > 0]
+    worst = [int(i) for i in order[::-1][:NUM_EXTREMES] if values.mean[i] < 0]
+    top, answered, baseline_note = _answers(run, query_name, chosen, k, shown, queries, train)
+    decisions = decide(train, queries, values, self_influence, evidence)
 
     found_agreements: tuple[Agreement, ...] = ()
     for name, rows in found["others"].items():
-        found_agreements += rank_agreement(recipe.name, name, found["rows"], rows)
-    found_agreements += shared_agreement(recipe.name, answered, train.num_rows)
+        found_agreements += rank_agreement(chosen.name, name, found["rows"], rows)
+    found_agreements += shared_agreement(chosen.name, answered, train.num_rows)
+    found_agreements += value_agreement(chosen.name, values.mean, evidence.knn)
     found_agreements += self_influence_agreement(self_influence, loss)
+    measured = run.store.manifest.get("measurement", {})
+    removal = foretell(
+        values,
+        decisions,
+        evidence,
+        measured.get("name", ""),
+        bool(measured.get("has_margin")),
+        _predicts_loss(chosen),
+        categories(train, "label"),
+    )
     return ReportData(
-        card=_card(run, query_name, recipe, queries, train, dampings),
+        card=card_of(run, query_name, chosen, queries, train, evidence.damping),
         num_train=train.num_rows,
         num_queries=queries.num_rows,
         queries=answered,
         selection=selection,
         values=values,
-        valuable=train.scored(best, values.mean[best]),
-        harmful=train.scored(worst, values.mean[worst]),
+        valuable=tuple(valued(train, values, i) for i in best),
+        harmful=tuple(valued(train, values, i) for i in worst),
         self_influence=self_influence,
         suspects=_largest(train, self_influence, NUM_SUSPECTS),
         train_loss=loss,
         train_p=train.last("p"),
         highest_loss=() if loss is None else _largest(train, loss, NUM_EXTREMES),
-        rollups=rollups(train, values.mean, self_influence),
+        rollups=rollups(train, values, self_influence, evidence),
         class_matrix=None
         if factors is None
         else ClassMatrix(factors.query_labels, factors.train_labels, found["matrix"]),
         agreements=(*agreements, *found_agreements),
-        notes=tuple(notes),
+        notes=(*notes, *self_note, *baseline_note, *evidence.notes),
+        decisions=decisions,
+        trust=judge(values, evidence).with_removals(removal.measured),
+        removal=removal,
+        ledger=ledger(train, queries, values, evidence, top),
+        example=train.example,
     )
+
+
+def _predicts_loss(recipe: Recipe) -> bool:
+    """Whether scores are predicted rises of the loss if an example is left out."""
+    own = (recipe.query, recipe.train) == ("loss", "loss")
+    return own and recipe.scale == "inverse_n" and recipe.normalize == "none"
 
 
 def _sums(block: np.ndarray) -> np.ndarray:
@@ -124,14 +154,38 @@ def _sums(block: np.ndarray) -> np.ndarray:
     return np.stack([block.sum(axis=0, dtype=np.float64), squares])
 
 
-def _values(sums: np.ndarray, num_queries: int) -> Values:
+def _values(sums: np.ndarray, num_queries: int, found: Findings) -> Values:
     """Mean and its standard error from the sums [2 · blocks, train] of all blocks of queries."""
     total, squares = sums.reshape(-1, 2, sums.shape[1]).sum(axis=0)
     mean = total / num_queries
-    if num_queries < ENOUGH_QUERIES:
-        return Values(mean)
-    variance = np.maximum(squares - num_queries * mean**2, 0) / (num_queries - 1)
-    return Values(mean, np.sqrt(variance / num_queries))
+    error = None
+    if num_queries >= ENOUGH_QUERIES:
+        variance = np.maximum(squares - num_queries * mean**2, 0) / (num_queries - 1)
+        error = np.sqrt(variance / num_queries)
+    return with_certainty(Values(mean, error), found.values)
+
+
+def with_certainty(values: Values, found: valuation.Values | None, part: int = 0) -> Values:
+    """Values with the intervals of `tda.valuation`, a mean over the queries of slice ``part``."""
+    if found is None:
+        return values
+    count = int(found.num_queries[part])
+    every, scale = found.significance, 1 / count
+    sure = valuation.Significance(
+        value=every.value[part] * scale,
+        standard_error=every.standard_error[part] * scale,
+        low=every.low[part] * scale,
+        high=every.high[part] * scale,
+        p=every.p[part],
+        q=every.q[part],
+    )
+    return replace(
+        values,
+        sure=sure,
+        num_replicates=len(found.replicates),
+        independent=found.independent,
+        covers=found.covers,
+    )
 
 
 def _query_set(run: Any, name: str | None) -> str:
@@ -193,8 +247,8 @@ def _answers(
     shown: list[int],
     queries: Gallery,
     train: Gallery,
-) -> tuple[tuple[Query, ...], list[str]]:
-    """The shown queries with their top answers, and why the baseline is missing if it is."""
+) -> tuple[Any, tuple[Query, ...], list[str]]:
+    """The top answers, the shown queries with theirs, and why there is no baseline if so."""
     top = run.top_k(query_name, k, recipe)
     notes = []
     try:
@@ -219,7 +273,7 @@ def _answers(
         )
         for row in shown
     )
-    return answered, notes
+    return top, answered, notes
 
 
 def _self_influence(run: Any, recipe: Recipe) -> tuple[np.ndarray, list[str]]:
@@ -236,104 +290,3 @@ def _largest(train: Gallery, by: np.ndarray, count: int) -> tuple[Scored, ...]:
     order = np.argsort(-np.nan_to_num(by, nan=-np.inf), kind="stable")[:count]
     order = order[np.isfinite(by[order])]
     return train.scored(order, by[order])
-
-
-def _card(
-    run: Any,
-    query_name: str,
-    recipe: Recipe,
-    queries: Gallery,
-    train: Gallery,
-    dampings: Sequence[float],
-) -> Card:
-    manifest: Mapping[str, Any] = run.store.manifest
-    measurement = manifest.get("measurement", {})
-    digests = [("measurement", measurement.get("digest"))]
-    digests += [
-        (f"model {key}".removesuffix(" digest"), value)
-        for key, value in _digests(manifest.get("model", {}))
-    ]
-    data = manifest.get("data", {}).get("train", {})
-    digests.append(("training data", data.get("digest") or _content_digest(train)))
-    digests.append((f"queries {query_name}", _content_digest(queries)))
-    return Card(
-        run=clean(run.store.path.name, 120),
-        query_set=clean(query_name, 120),
-        recipe=recipe.name,
-        summary=recipe.summary,
-        formula=recipe.formula,
-        explained=recipe.explain(),
-        reference=recipe.reference,
-        damping=damping_text(recipe),
-        measurement=clean(measurement.get("name", "unknown"), 120),
-        projection=_projection(manifest.get("projection", {})),
-        dtype=clean(manifest.get("dtype", "unknown"), 40),
-        checkpoints=_checkpoints(manifest, queries, train, dampings),
-        facts=tuple(
-            (clean(key, 60), clean(value, 200))
-            for key, value in manifest.get("model", {}).items()
-            if not isinstance(value, Mapping | list) and not _is_digest(key)
-        ),
-        digests=tuple((clean(key, 80), clean(value, 200)) for key, value in digests if value),
-        versions=tuple(
-            (clean(key, 60), clean(value, 60))
-            for key, value in sorted(manifest.get("versions", {}).items())
-        ),
-    )
-
-
-def damping_text(recipe: Recipe) -> str:
-    """The damping of a recipe in words."""
-    if recipe.function == "identity":
-        return "none: this recipe uses no curvature"
-    if recipe.damping == "auto":
-        return "automatic, not tuned: λ = tr(H)/n, the mean squared row norm over n"
-    return f"λ = {recipe.damping:g} · tr(H)/k, that many times the mean eigenvalue"
-
-
-def _checkpoints(
-    manifest: Mapping[str, Any], queries: Gallery, train: Gallery, dampings: Sequence[float]
-) -> tuple[Checkpoint, ...]:
-    def mean(gallery: Gallery, checkpoint: int) -> float | None:
-        loss = gallery.column("loss")
-        if loss is None or not np.isfinite(loss[checkpoint]).any():
-            return None
-        return float(np.nanmean(loss[checkpoint], dtype=np.float64))
-
-    return tuple(
-        Checkpoint(
-            name=clean(checkpoint.get("name", position), 120),
-            digest=clean(checkpoint.get("digest", ""), 200),
-            step=checkpoint.get("step"),
-            learning_rate=checkpoint.get("learning_rate"),
-            train_loss=mean(train, position),
-            query_loss=mean(queries, position),
-            damping=float(dampings[position]) if dampings else None,
-        )
-        for position, checkpoint in enumerate(manifest.get("checkpoints", []))
-    )
-
-
-def _is_digest(key: str) -> bool:
-    return "digest" in key or "hash" in key
-
-
-def _digests(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [(key, str(value)) for key, value in facts.items() if _is_digest(key)]
-
-
-def _content_digest(gallery: Gallery) -> str | None:
-    digests = gallery.column("digest")
-    if digests is None:
-        return None
-    return hashlib.blake2b(np.ascontiguousarray(digests).tobytes(), digest_size=16).hexdigest()
-
-
-def _projection(spec: Mapping[str, Any]) -> str:
-    """Kind first, then what makes it this one: "count_sketch, dim 2048, seed 0"."""
-    rest = [
-        f"{key} {value}"
-        for key, value in spec.items()
-        if key != "kind" and not _is_digest(key) and isinstance(value, str | int | float)
-    ]
-    return clean(", ".join([str(spec.get("kind", "unknown")), *rest]), 300)

@@ -52,15 +52,24 @@ def _large(data: ReportData) -> Iterable[Example]:
 
 def _small(data: ReportData) -> Iterable[Example]:
     answers: list[Scored] = [*data.suspects, *data.valuable, *data.harmful, *data.highest_loss]
+    if data.decisions is not None:
+        yield from data.decisions.examples()
+    if data.difference is not None:
+        yield from (moved.example for moved in data.difference.moved)
     for query in data.queries:
         answers += [*query.proponents, *query.opponents, *query.nearest]
-    return (scored.example for scored in answers)
+    yield from (scored.example for scored in answers)
+
+
+def png(image: np.ndarray, side: int) -> bytes:
+    """An image, uint8 [H, W] or [H, W, 3], made to fit a square of ``side`` pixels."""
+    picture = Image.fromarray(np.ascontiguousarray(image))
+    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    picture.save(file, format="PNG")
+    return file.getvalue()
 
 
 def _uri(example: Example, side: int) -> str:
     assert example.image is not None
-    picture = Image.fromarray(np.ascontiguousarray(example.image))
-    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
-    file = io.BytesIO()
-    picture.save(file, format="PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+    return "data:image/png;base64," + base64.b64encode(png(example.image, side)).decode("ascii")

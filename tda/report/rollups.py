@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from tda.report.data import Rollup, Slice
+from tda.report.data import Rollup, Slice, Values
 from tda.report.examples import MAX_ID, Gallery, clean
+from tda.report.findings import Findings
+from tda.valuation import GroupValues, concentration, roll_up
 
 MAX_SLICES = 30
 MAX_CLASSES = 12
@@ -31,14 +34,22 @@ def categories(gallery: Gallery, column: str) -> tuple[list[str], np.ndarray] | 
     return names, inverse
 
 
-def rollups(train: Gallery, value: np.ndarray, self_influence: np.ndarray) -> tuple[Rollup, ...]:
+def rollups(
+    train: Gallery, values: Values, self_influence: np.ndarray, evidence: Findings
+) -> tuple[Rollup, ...]:
     """One roll-up for each column that sorts the training examples into two or more slices."""
     found = []
+    num_queries = 1 if evidence.values is None else int(evidence.values.num_queries[0])
     for column in ("label", "source", "group"):
         sorted_out = categories(train, column)
         if sorted_out is None or not 2 <= len(sorted_out[0]) < train.num_rows:
             continue
-        found.append(_rollup(column, *sorted_out, value, self_influence))
+        names, inverse = sorted_out
+        sure = None if evidence.values is None else roll_up(evidence.values, inverse)
+        flagged = None if evidence.suspects is None else evidence.suspects.flagged
+        found.append(
+            _rollup(column, names, inverse, values.mean, self_influence, flagged, sure, num_queries)
+        )
     return tuple(found)
 
 
@@ -48,6 +59,9 @@ def _rollup(
     inverse: np.ndarray,
     value: np.ndarray,
     self_influence: np.ndarray,
+    flagged: np.ndarray | None,
+    sure: GroupValues | None,
+    num_queries: int,
 ) -> Rollup:
     def total(of: np.ndarray) -> np.ndarray:
         return np.bincount(inverse, weights=of, minlength=len(names))
@@ -58,6 +72,19 @@ def _rollup(
     count = total(np.ones_like(value))
     influence, itself = share(total(np.abs(value))), share(total(np.abs(self_influence)))
     mean, helping = total(value) / count, total(value > 0) / count
+    shares = None if flagged is None else total(flagged) / count
+
+    def interval(i: int) -> dict[str, Any]:
+        """The 95 % interval of a slice's mean value; that of `roll_up` is of its sum."""
+        if sure is None or not np.isfinite(sure.total.low[0, i]):
+            return {}
+        scale = 1 / (count[i] * num_queries)
+        return {
+            "low": float(sure.total.low[0, i] * scale),
+            "high": float(sure.total.high[0, i] * scale),
+            "reliable": bool(sure.total.reliable[0, i]),
+        }
+
     slices = [
         Slice(
             name=names[i],
@@ -66,10 +93,18 @@ def _rollup(
             share_helping=float(helping[i]),
             share_of_influence=float(influence[i]),
             share_of_self_influence=float(itself[i]),
+            gini=concentration(value[inverse == i]).gini,
+            share_flagged=None if shares is None else float(shares[i]),
+            **interval(i),
         )
-        for i in np.argsort(-influence, kind="stable")
+        for i in np.argsort(-influence, kind="stable").tolist()
     ]
-    return Rollup(column, tuple(slices[:MAX_SLICES]), max(0, len(slices) - MAX_SLICES))
+    return Rollup(
+        column,
+        tuple(slices[:MAX_SLICES]),
+        max(0, len(slices) - MAX_SLICES),
+        concentration(influence).gini,
+    )
 
 
 @dataclass(frozen=True, eq=False)

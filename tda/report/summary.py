@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from tda.report.actions import ORDER
 from tda.report.charts import value_bins
 from tda.report.data import Example, ReportData, Rollup, Scored
+from tda.report.trust import RULE
 from tda.report.words import headline, limits, reading
 
 FORMAT = 1
@@ -38,6 +40,10 @@ def summarise(data: ReportData) -> dict[str, Any]:
             "share_of_top_1_percent": values.top_share(0.01),
             "share_of_top_10_percent": values.top_share(0.1),
             "gini": values.gini,
+            "num_reliable": values.num_reliable,
+            "num_replicates": values.num_replicates,
+            "independent": values.independent,
+            "covers": values.covers,
             "mean": float(values.mean.mean()),
             "min": float(values.mean.min()),
             "max": float(values.mean.max()),
@@ -56,6 +62,10 @@ def summarise(data: ReportData) -> dict[str, Any]:
             "train_labels": data.class_matrix.train_labels,
             "mean": data.class_matrix.mean.tolist(),
         },
+        "decisions": _decisions(data),
+        "trust": _trust(data),
+        "removal": _removal(data),
+        "difference": _difference(data),
         "agreements": [
             {**dataclasses.asdict(agreement), "reading": reading(agreement)}
             for agreement in data.agreements
@@ -106,12 +116,123 @@ def _example(example: Example) -> dict[str, Any]:
 
 
 def _scored(scored: Scored, name: str) -> dict[str, Any]:
-    return {**_example(scored.example), name: scored.score}
+    found = {**_example(scored.example), name: scored.score}
+    if scored.low is not None:
+        found |= {"ci_lo": scored.low, "ci_hi": scored.high, "reliable": scored.reliable}
+    return found
 
 
 def _rollup(rollup: Rollup) -> dict[str, Any]:
     slices = [dataclasses.asdict(part) for part in rollup.slices]
-    return {"slices": slices, "num_omitted": rollup.num_omitted}
+    return {"slices": slices, "num_omitted": rollup.num_omitted, "gini": rollup.gini}
+
+
+def _decisions(data: ReportData) -> dict[str, Any] | None:
+    found = data.decisions
+    if found is None:
+        return None
+    return {
+        "num_actions": {action: found.num_actions.get(action, 0) for action in ORDER},
+        "num_mislabelled": found.num_mislabelled,
+        "share_mislabelled": found.share_mislabelled,
+        "num_duplicate_groups": found.num_groups,
+        "num_duplicates": found.num_duplicates,
+        "share_duplicated": found.share_duplicated,
+        "num_conflicting_groups": found.num_conflicting,
+        "num_leaked_queries": found.num_leaked_queries,
+        "num_leaked_examples": found.num_leaked_examples,
+        "share_leaked": found.share_leaked,
+        "num_inert": found.num_inert,
+        "share_inert": found.share_inert,
+        "num_outliers": found.num_outliers,
+        "mislabelled": [
+            {
+                **_scored(each.scored, "value"),
+                "suggested": each.suggested,
+                "votes_for_label": each.own,
+                "votes_for_suggested": each.other,
+                "over_mean_self_influence": each.over_mean,
+            }
+            for each in found.mislabelled
+        ],
+        "duplicate_groups": [
+            {
+                "examples": [_example(example) for example in group.examples],
+                "size": group.size,
+                "similarity": group.similarity,
+                "exact": group.exact,
+                "conflicting": group.conflicting,
+                "value": group.value,
+                "num_more": group.size - len(group.examples),
+            }
+            for group in found.copies
+        ],
+        "leaks": [
+            {
+                "query": _example(leak.query),
+                "train": _scored(leak.train, "value"),
+                "similarity": leak.similarity,
+                "exact": leak.exact,
+            }
+            for leak in found.leaks
+        ],
+        "inert": [_scored(scored, "value") for scored in found.inert],
+    }
+
+
+def _trust(data: ReportData) -> dict[str, Any] | None:
+    found = data.trust
+    if found is None:
+        return None
+    return {
+        "verdict": found.verdict,
+        "because": found.because,
+        "rule": RULE,
+        "num_failed": len(found.failed),
+        "num_measured": sum(check.passed is not None for check in found.checks),
+        "share_reliable": next(c.value for c in found.checks if c.key == "signs"),
+        "checks": {check.key: dataclasses.asdict(check) for check in found.checks},
+    }
+
+
+def _removal(data: ReportData) -> dict[str, Any] | None:
+    found = data.removal
+    if found is None:
+        return None
+    return {
+        "unit": found.unit,
+        "in_loss": found.in_loss,
+        "curves": [dataclasses.asdict(curve) for curve in found.curves],
+        "measured": [dataclasses.asdict(each) for each in found.measured],
+        "num_unbalanced": len(found.unbalanced),
+        "class_balance": [{**dataclasses.asdict(c), "share": c.share} for c in found.balance],
+    }
+
+
+def _difference(data: ReportData) -> dict[str, Any] | None:
+    found = data.difference
+    if found is None:
+        return None
+    return {
+        "other": found.other,
+        "card": [list(each) for each in found.card],
+        "numbers": [dataclasses.asdict(each) for each in found.numbers],
+        "num_common": found.num_common,
+        "num_added": found.num_added,
+        "num_gone": found.num_gone,
+        "rank_correlation": found.rank_correlation,
+        "moved": [
+            {
+                **_example(each.example),
+                "value_before": each.before,
+                "value": each.after,
+                "rank_before": each.rank_before,
+                "rank": each.rank_after,
+            }
+            for each in found.moved
+        ],
+        "flags": [dataclasses.asdict(each) for each in found.flags],
+    }
 
 
 def _json(value: Any) -> Any:

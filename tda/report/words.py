@@ -56,6 +56,8 @@ def limits(data: ReportData) -> tuple[str, ...]:
         "are close may be in either order.",
         "The model was measured as in evaluation: dropout off, normalisation layers frozen.",
     ]
+    if data.values.has_intervals:
+        found.append(f"The intervals of values cover {data.values.covers}.")
     num_checkpoints = len(data.card.checkpoints)
     if num_checkpoints == 1:
         found.append(

@@ -1,0 +1,137 @@
+"""The files beside the page: ``values.parquet`` and ``top_k.parquet``."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from tda.report.data import Ledger, Values
+from tda.report.findings import Findings
+from tda.valuation import inert
+
+SIDES = ("proponents", "opponents")
+
+
+def ledger(train: Any, queries: Any, values: Values, found: Findings, top: Any) -> Ledger:
+    """What is known of every training example, and the answers to every query (Galleries in)."""
+    columns = {"id": train.ids}
+    for name in ("label", "source", "group"):
+        column = train.column(name)
+        if column is not None and column.ndim == 1:
+            columns[name] = column
+    others = {} if found.knn is None else {"knn_shapley": found.knn}
+    if found.suspects is not None:
+        flagged = found.suspects.flagged
+        suggested = np.where(flagged, found.suspects.suggested.astype(str), "")
+        others = {**others, "suggested_label": suggested}
+    return Ledger(columns, flags(values, found), others, answers(queries, top))
+
+
+def flags(values: Values, found: Findings) -> dict[str, np.ndarray]:
+    """Name → ``[train]`` bool, only of what could be looked for."""
+    count = len(values.mean)
+
+    def marked(indices: np.ndarray) -> np.ndarray:
+        mask = np.zeros(count, bool)
+        mask[indices] = True
+        return mask
+
+    made = {"inert": inert(np.nan_to_num(values.mean))}
+    if found.suspects is not None:
+        made["mislabelled"] = found.suspects.flagged
+    if found.outliers is not None:
+        made["outlier"] = found.outliers
+    if found.copies is not None:
+        made["duplicate"] = marked(found.copies.member)
+        made["conflicting"] = marked(found.copies.member[found.copies.conflicting])
+    if found.leakage is not None:
+        made["leaked"] = marked(found.leakage.pairs.right)
+    if values.sure is not None:
+        made["harmful"] = values.sure.reliable & (values.mean < 0)
+    return made
+
+
+def answers(queries: Any, top: Any) -> dict[str, np.ndarray]:
+    """One row a query, side and rank; only what has the sign of its side."""
+    parts: dict[str, list[np.ndarray]] = {
+        name: [] for name in ("query", "side", "rank", "train", "train_index", "score")
+    }
+    if top is None:
+        return {}
+    for side, ranking in zip(SIDES, (top.proponents, top.opponents), strict=True):
+        sign = 1 if side == SIDES[0] else -1
+        row, rank = np.nonzero(sign * ranking.scores > 0)
+        parts["query"].append(queries.ids[row])
+        parts["side"].append(np.full(len(row), side))
+        parts["rank"].append(rank + 1)
+        parts["train"].append(np.asarray(ranking.ids)[row, rank])
+        parts["train_index"].append(np.asarray(ranking.indices)[row, rank])
+        parts["score"].append(np.asarray(ranking.scores, np.float64)[row, rank])
+    return {name: np.concatenate(of) for name, of in parts.items()}
+
+
+def value_columns(
+    values: Values, self_influence: np.ndarray | None, book: Ledger
+) -> dict[str, Any]:
+    """Columns of ``values.parquet``, one row a training example in the order of the run."""
+    count = len(values.mean)
+    nothing: list[None] = [None] * count
+    sure = values.sure
+    given = book.columns
+    found: dict[str, Any] = {
+        "id": _plain(given["id"]),
+        "value": values.mean.astype(np.float64),
+        "ci_lo": nothing if sure is None else sure.low,
+        "ci_hi": nothing if sure is None else sure.high,
+        "self_influence": nothing if self_influence is None else self_influence,
+        "group": _plain(given["group"]) if "group" in given else nothing,
+        "flags": flag_lists(book.flags, count),
+        "standard_error": nothing if sure is None else sure.standard_error,
+        "p": nothing if sure is None else sure.p,
+        "q": nothing if sure is None else sure.q,
+        "reliable": nothing if sure is None else sure.reliable,
+    }
+    for name in ("label", "source"):
+        if name in given:
+            found[name] = _plain(given[name])
+    return {**found, **{name: _plain(of) for name, of in book.others.items()}}
+
+
+def flag_lists(flagged: Mapping[str, np.ndarray], count: int) -> list[list[str]]:
+    """The names of the flags of each example."""
+    lists: list[list[str]] = [[] for _ in range(count)]
+    for name, mask in flagged.items():
+        for index in np.flatnonzero(mask).tolist():
+            lists[index].append(name)
+    return lists
+
+
+def parquet(columns: Mapping[str, Any], about: Mapping[str, str]) -> bytes:
+    """A Parquet file of these columns; ``about`` becomes its metadata."""
+    import pyarrow as pa
+    from pyarrow import parquet as format
+
+    kinds = {"flags": pa.list_(pa.string()), "group": pa.string(), **_types_of_numbers(pa)}
+    arrays = {
+        name: pa.array(values, type=kinds.get(name), from_pandas=True)
+        for name, values in columns.items()
+    }
+    file = io.BytesIO()
+    table = pa.table(arrays).replace_schema_metadata(dict(about))
+    format.write_table(table, file)
+    return file.getvalue()
+
+
+def _types_of_numbers(pa: Any) -> dict[str, Any]:
+    """Types of columns that may hold nothing at all."""
+    numbers = ("ci_lo", "ci_hi", "standard_error", "p", "q")
+    return {**dict.fromkeys(numbers, pa.float64()), "reliable": pa.bool_()}
+
+
+def _plain(column: Sequence[Any] | np.ndarray) -> Any:
+    """Strings as Python's: NumPy's carry the width of the longest."""
+    array = np.asarray(column)
+    return array.tolist() if array.dtype.kind in "USO" else array

@@ -1,0 +1,193 @@
+"""What a run says of its training set beyond the scores: intervals, wrong labels, copies, checks.
+
+Each part is looked for on its own; one that the run lacks the means for becomes a note.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from tda import scorer, valuation
+from tda.errors import MismatchError, TdaError
+from tda.evaluate.comparison import Row, compare
+from tda.evaluate.intervals import Estimate
+from tda.evaluate.record import FOLDER, GroundTruth
+from tda.recipe import Recipe
+from tda.recipes import RECIPES
+from tda.report.agreement import spearman
+from tda.valuation.faults import gradient_neighbours
+from tda.valuation.last_rows import embeddings
+
+KNN_QUERIES = 1000  # evenly spread, for the values of k nearest neighbours
+_UNPROJECTED = "identity"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class Checked:
+    """The linear datamodeling score of the page's recipe on a ground truth of the run."""
+
+    name: str
+    lds: Estimate
+    ceiling: float | None
+    num_subsets: int
+    num_seeds: int
+
+
+@dataclass(frozen=True, eq=False)
+class Findings:
+    """Everything is None, or empty, where it could not be told; ``notes`` then say why.
+
+    values: with one slice, in sums over queries. stability: Spearman of the values of every pair of
+    replicates. projection: share of the spread of values that is not the projection's noise.
+    knn: KNN-Shapley values [train]. damping: λ as used at each checkpoint. truths: finished ground
+    truths of this query set, by name.
+    """
+
+    values: valuation.Values | None = None
+    suspects: valuation.Suspects | None = None
+    outliers: np.ndarray | None = None
+    copies: valuation.DuplicateGroups | None = None
+    leakage: valuation.Leakage | None = None
+    stability: tuple[float, ...] = ()
+    projection: float | None = None
+    knn: np.ndarray | None = None
+    damping: tuple[float, ...] = ()
+    checked: tuple[Checked, ...] = ()
+    truths: tuple[tuple[str, GroundTruth], ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def find(
+    run: Any, query_name: str, recipe: Recipe, self_influence: np.ndarray, with_knn: bool = True
+) -> Findings:
+    """Look for everything in a finished run; reads what is stored, never a model."""
+    notes: list[str] = []
+
+    def tried(what: str, look: Callable[[], T]) -> T | None:
+        try:
+            return look()
+        except TdaError as error:
+            notes.append(f"{what}: {error.what}.")
+            return None
+
+    train = run.store.table("train")
+    queries = run.store.table(f"queries/{query_name}")
+    values = tried("No intervals", lambda: valuation.values(run, query_name, recipe))
+    near = tried("No neighbours", lambda: _neighbours(train))
+    labels = train.column("label") if "label" in train.columns() else None
+    suspects, outliers = None, None
+    if near is not None and labels is not None:
+        suspects = tried(
+            "No search for wrong labels",
+            lambda: valuation.mislabelled(labels, near, self_influence),
+        )
+        outliers = valuation.outliers(near, None if labels.dtype.kind == "f" else labels)
+    elif near is not None:
+        notes.append("No search for wrong labels: the run holds no labels.")
+    truths, checked = _ground_truths(run, query_name, recipe, notes)
+    return Findings(
+        values=values,
+        suspects=suspects,
+        outliers=outliers,
+        copies=tried("No search for duplicates", lambda: valuation.duplicates(run)),
+        leakage=tried("No search for leaks", lambda: valuation.leakage(run, query_name)),
+        stability=() if values is None else _stability(values.replicates[:, 0]),
+        projection=tried("The projection's error", lambda: projection_share(run, query_name)),
+        knn=tried("No KNN-Shapley values", lambda: knn_values(run, query_name))
+        if with_knn and labels is not None and labels.dtype.kind != "f" and train.hidden
+        else None,
+        damping=tuple(
+            tried("Damping", lambda: scorer.damping_used(run.store, recipe, queries)) or ()
+        ),
+        checked=checked,
+        truths=truths,
+        notes=tuple(notes),
+    )
+
+
+def _neighbours(train: Any) -> Any:
+    if train.num_rows < 2:
+        return None
+    return valuation.neighbours(embeddings(train)) if train.hidden else gradient_neighbours(train)
+
+
+def _stability(replicates: np.ndarray) -> tuple[float, ...]:
+    """Spearman correlation of the values ``[replicate, train]`` of every pair of replicates."""
+    count = len(replicates)
+    pairs = [(a, b) for a in range(count) for b in range(a + 1, count)]
+    found = [spearman(replicates[a], replicates[b]) for a, b in pairs]
+    return tuple(each for each in found if np.isfinite(each))
+
+
+def projection_share(run: Any, query_name: str) -> float | None:
+    """1 − E[error²]/Var[value] of the values under grad_dot: 1 where nothing is projected.
+
+    The error of a value that sums B exchangeable parts is √(B·s_B²), s_B their standard deviation
+    (see `tda.valuation.significance`). None where the projection has no such parts.
+    """
+    if run.store.manifest["projection"]["kind"] == _UNPROJECTED:
+        return 1.0
+    plain = valuation.values(run, query_name, RECIPES["grad_dot"])
+    if plain.parts is None:
+        return None
+    parts = plain.parts[:, 0]
+    error = len(parts) * parts.var(0, ddof=1)
+    spread = float(np.mean(plain.value[0] ** 2))
+    return float(np.clip(1 - error.mean() / spread, 0, 1)) if spread > 0 else None
+
+
+def knn_values(run: Any, query_name: str) -> np.ndarray:
+    """KNN-Shapley values ``[train]`` of the last hidden layer, over KNN_QUERIES of the queries."""
+    train, asked = run.store.table("train"), run.store.table(f"queries/{query_name}")
+    count = asked.num_rows
+    some = np.unique(np.linspace(0, count - 1, min(count, KNN_QUERIES)).round().astype(np.int64))
+    hidden = embeddings(asked)
+    return valuation.knn_shapley(
+        embeddings(train),
+        train.column("label"),
+        hidden[some],
+        asked.column("label")[some],
+        metric="cosine",
+    ).value
+
+
+def _ground_truths(
+    run: Any, query_name: str, recipe: Recipe, notes: list[str]
+) -> tuple[tuple[tuple[str, GroundTruth], ...], tuple[Checked, ...]]:
+    """Finished ground truths of this training set and these queries, and the recipe's LDS on those
+    with several random subsets."""
+    truths, checked = [], []
+    for folder in sorted(Path(run.store.path, FOLDER).glob("*/manifest.json")):
+        name = folder.parent.name
+        try:
+            truth = GroundTruth.open(folder.parent)
+            row = _checked(run, truth, query_name, recipe)
+        except MismatchError:
+            continue  # of other queries, or of the training set before it grew
+        except TdaError as error:
+            notes.append(f"Ground truth {name} is left out: {error.what}.")
+            continue
+        truths.append((name, truth))
+        if row is not None:
+            checked.append(row)
+    return tuple(truths), tuple(checked)
+
+
+def _checked(run: Any, truth: GroundTruth, query_name: str, recipe: Recipe) -> Checked | None:
+    random = truth.manifest["design"]["kind"] != "given" and len(truth.masks) > 2
+    compared = compare(run, truth, query_name, [recipe] if random else [])
+    if not random:
+        return None
+    row: Row = compared.rows[0]
+    if row.lds is None or truth.path is None:
+        return None
+    ceiling = None if compared.ceiling is None else compared.ceiling.value
+    subsets, seeds, _ = truth.outputs.shape
+    return Checked(truth.path.name, row.lds, ceiling, subsets, seeds)

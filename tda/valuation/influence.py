@@ -1,0 +1,238 @@
+"""What each training example is worth for a set of queries, and how sure that is.
+
+    value[i] = Σ_{q in slice} score[q, i]           additive: slices add up to the whole
+
+in the unit of the recipe's score; for `influence`, the predicted rise of the slice's total loss if
+the example were left out. > 0: it helps. The queries of a slice are summed before the rows are
+read, so it costs one product with the training rows however many queries there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+
+from tda import scorer
+from tda.errors import DataError, MismatchError
+from tda.recipe import Recipe
+from tda.run import Run
+from tda.valuation.frames import frame
+from tda.valuation.significance import Significance, significance_of
+
+PARTS = 16  # of a projection's dimensions; fewer tell little of its error, more cost more
+_RANDOM = ("count_sketch", "rademacher")  # their dimensions are exchangeable
+
+
+@dataclass(frozen=True, eq=False)
+class Values:
+    """Values of training examples for slices of the queries.
+
+    replicates: ``[replicate, slice, train]``, one value from each training (or checkpoint), whose
+    mean is the value. parts: ``[part, slice, train]``, what parts of the projection contribute to
+    it, or None. independent: whether the replicates are separate trainings. num_queries
+    ``[slice]``: value/num_queries is the mean effect on a query.
+    """
+
+    ids: np.ndarray
+    slices: tuple[str, ...]
+    num_queries: np.ndarray
+    replicates: np.ndarray
+    parts: np.ndarray | None
+    independent: bool
+    recipe: str
+
+    @cached_property
+    def significance(self) -> Significance:
+        """Of every value ``[slice, train]``; q is taken over all of them together."""
+        return significance_of(self.replicates, self.parts)
+
+    @property
+    def value(self) -> np.ndarray:
+        """``[slice, train]``"""
+        return self.significance.value
+
+    @property
+    def reliable(self) -> np.ndarray:
+        """``[slice, train]``: the sign survives a false discovery rate of 5 %."""
+        return self.significance.reliable
+
+    @property
+    def covers(self) -> str:
+        """What the intervals cover, and what they do not."""
+        count = len(self.replicates)
+        if count < 2:
+            return "nothing: there is one replicate"
+        if self.independent:
+            text = f"the change from training to training ({count} of them): seed, order, start"
+        else:
+            text = (
+                f"the change over {count} checkpoints that may be of one training: another seed "
+                "can differ by more"
+            )
+        if self.parts is not None:
+            text += "; the error of the random projection"
+        return text + "; not other queries, nor what the recipe's first-order formula leaves out"
+
+    @property
+    def verdict(self) -> str:
+        """One sentence for a reader who wants to act on the signs."""
+        if len(self.replicates) < 2:
+            return (
+                "not enough replicates: one training tells no sign's reliability; index "
+                "checkpoints of several seeds, or give several runs"
+            )
+        number, total = int(self.reliable.sum()), self.reliable.size
+        sentence = f"{number} of {total} values keep their sign at a false discovery rate of 5 %"
+        return sentence if self.independent else sentence + ", as far as one training can tell"
+
+    def to_frame(self) -> Any:
+        """One row a slice and training example (pandas)."""
+        found, (num_slices, num_train) = self.significance, self.value.shape
+        return frame(
+            {
+                "slice": np.repeat(np.array(self.slices), num_train),
+                "id": np.tile(self.ids, num_slices),
+                "value": found.value.ravel(),
+                "standard_error": found.standard_error.ravel(),
+                "ci_lo": found.low.ravel(),
+                "ci_hi": found.high.ravel(),
+                "p": found.p.ravel(),
+                "q": found.q.ravel(),
+                "reliable": found.reliable.ravel(),
+            }
+        )
+
+
+def values(
+    runs: Run | Sequence[Run],
+    queries: Any,
+    recipe: str | Recipe = "influence",
+    by: str | slice | Sequence[Any] | np.ndarray | None = None,
+) -> Values:
+    """Values of every training example for a query set, or for slices of it.
+
+    runs: a run, or runs of independent trainings on the same data, each of which is a replicate.
+    queries: the name of a stored query set, or a data set. by: None for all queries together, a
+    column of the query set ("label", "source", "group"), a slice for some of the queries alone, or
+    one name a query ``[query]``.
+
+    In a single run, checkpoints whose steps do not increase begin another training, and trainings
+    are the replicates. With one training its checkpoints are, unless the recipe sums along the
+    training (weights by learning rate): its terms are not repetitions of one another.
+
+    For a sketched run and a recipe without curvature, parts of the projection measure its error
+    (for the count sketch on the wide side: its parts also share out the parameters).
+    Raises MismatchError where runs hold other training examples, DataError for names that do not
+    match the queries.
+    """
+    given = [runs] if isinstance(runs, Run) else list(runs)
+    if not given or any(not np.array_equal(run.ids, given[0].ids) for run in given):
+        raise MismatchError(
+            "these runs are not of the same training examples",
+            found=", ".join(f"{run.path}: {len(run.ids)}" for run in given) or "no run",
+            wanted="runs of one training set, in one order",
+        )
+    chosen = given[0].recipe(recipe)
+    found = [_one_run(run, queries, chosen, by) for run in given]
+    if len(found) == 1:
+        return found[0]
+    first, seeds = found[0], {run.store.manifest["projection"].get("seed") for run in given}
+    parts = [one.parts for one in found if one.parts is not None]
+    shared = len(seeds) == 1 and len(parts) == len(found)
+    return Values(
+        ids=first.ids,
+        slices=first.slices,
+        num_queries=first.num_queries,
+        replicates=np.stack([one.value for one in found]),
+        parts=np.mean(parts, axis=0) if shared else None,
+        independent=True,
+        recipe=first.recipe,
+    )
+
+
+def _one_run(run: Run, queries: Any, recipe: Recipe, by: Any) -> Values:
+    name = queries if isinstance(queries, str) else run.add_queries(queries)
+    table = run.store.table(f"queries/{name}")
+    slices, member = _slices(table, by)
+    prepared = scorer.prepare(run.store, recipe, table)
+    terms, parts = _terms(prepared, member, _num_parts(run, recipe))
+    groups, independent = _trainings(run.store.manifest["checkpoints"], recipe)
+    # Each training is a replicate of the whole: the mean of replicates is the sum of all terms.
+    replicates = np.stack([len(groups) * terms[group].sum(0) for group in groups])
+    counts = member.sum(1).astype(np.int64)
+    return Values(run.ids, slices, counts, replicates, parts, independent, recipe.name)
+
+
+def _slices(table: Any, by: Any) -> tuple[tuple[str, ...], np.ndarray]:
+    """(names, indicator ``[slice, query]`` float64) of the slices of a query set."""
+    num_queries = table.num_rows
+    if by is None:
+        return ("all",), np.ones((1, num_queries))
+    if isinstance(by, slice):
+        member = np.zeros((1, num_queries))
+        member[0, by] = 1
+        names = np.array([f"{by.start or 0}:{num_queries if by.stop is None else by.stop}"])
+    else:
+        column = table.column(by) if isinstance(by, str) else np.asarray(by)
+        if column.shape != (num_queries,):
+            raise DataError(
+                "queries cannot be sliced by this",
+                where=f"query set {table.name!r}",
+                found=f"shape {list(column.shape)}",
+                wanted=f"one name a query [{num_queries}]",
+            )
+        names, inverse = np.unique(column, return_inverse=True)
+        member = (inverse == np.arange(len(names))[:, None]).astype(np.float64)
+    if not member.sum(1).all():
+        raise DataError("a slice holds no query", where=f"query set {table.name!r}", found=by)
+    return tuple(str(name) for name in names), member
+
+
+def _num_parts(run: Run, recipe: Recipe) -> int:
+    """Into how many parts the projection is cut: 1 where its parts do not add up to the score."""
+    projection = run.store.manifest["projection"]
+    separable = recipe.curvature == "identity" and recipe.normalize == "none"
+    enough = projection["dim"] >= 2 * PARTS
+    return PARTS if separable and enough and projection["kind"] in _RANDOM else 1
+
+
+def _terms(
+    prepared: scorer.Prepared, member: np.ndarray, num_parts: int
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """What each checkpoint ``[C, slice, train]`` and each part of the projection contributes.
+
+    Part b holds the dimensions b, b + B, b + 2B, …
+    """
+    summed = [torch.from_numpy(member) @ q.double() for q in prepared.queries]
+    shape = (len(member), prepared.train.num_rows)
+    terms, parts = np.zeros((len(summed), *shape)), np.zeros((num_parts, *shape))
+    for low, high, rows in scorer.stream(prepared.train, 0, shape[1]):
+        for c, (q, x) in enumerate(zip(summed, rows, strict=True)):
+            weighted = x.double() * prepared.row_weights[c, low:high, None]
+            for b in range(num_parts):
+                product = (q[:, b::num_parts] @ weighted[:, b::num_parts].T).numpy()
+                terms[c, :, low:high] += product
+                parts[b, :, low:high] += product
+    return terms, parts if num_parts > 1 else None
+
+
+def _trainings(checkpoints: list[dict[str, Any]], recipe: Recipe) -> tuple[list[list[int]], bool]:
+    """(checkpoints of every replicate, whether replicates are separate trainings)."""
+    steps = [checkpoint.get("step") for checkpoint in checkpoints]
+    groups = [[0]]
+    for index, (before, after) in enumerate(pairwise(steps), start=1):
+        if before is not None and after is not None and after <= before:
+            groups.append([index])
+        else:
+            groups[-1].append(index)
+    if len(groups) > 1:
+        return groups, True
+    if recipe.checkpoint_weight != "mean" or recipe.function == "unrolled":
+        return groups, False
+    return [[index] for index in groups[0]], False
