@@ -33,12 +33,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import dask
 import numpy as np
 import torch
 from rich.console import Console
 
 from tda.config import load_code
-from tda.evaluate import GroundTruth, lds, noise_ceiling
+from tda.evaluate import GroundTruth, lds, lds_of_queries, noise_ceiling
 
 HERE = Path(__file__).resolve().parent
 SUITE = HERE / "suite"
@@ -47,6 +48,7 @@ TASKS = (
     "shakespeare", "fashion_ddpm",
 )  # fmt: skip
 PEER_ENVIRONMENTS = Path("data/peers")
+LATE = "not done in"
 STEPS = ("truth", "cells", "page")
 SCRIPTS = {
     "traker": "traker_trak.py",
@@ -56,19 +58,20 @@ SCRIPTS = {
 }
 # (peer, method, damping, checkpoints, how many of them)
 PEERS = (
-    ("captum", "tracin", "–", "path", 6),
-    ("dattri", "tracin", "–", "path", 6),
     ("kronfluence", "ekfac", "1e-8, its default", "last", 1),
     ("kronfluence", "ekfac λ=0.1·mean", "0.1 × mean, its heuristic", "last", 1),
     ("traker", "trak", "0, its default", "last", 1),
-    ("dattri", "trak", "0, its default", "last", 1),
-    ("dattri", "ekfac", "0, its default", "last", 1),
-    ("dattri", "ekfac λ=1e-3", "0.001", "last", 1),
-    ("dattri", "trak", "0, its default", "models", 5),
     ("traker", "trak", "0, its default", "models", 5),
+    ("traker", "trak k=512", "0, its default", "last", 1),
+    ("traker", "trak k=512", "0, its default", "models", 5),
+    ("dattri", "ekfac", "0, its default", "last", 1),
+    ("captum", "tracin", "–", "path", 6),
+    ("dattri", "trak", "0, its default", "last", 1),
+    ("dattri", "trak", "0, its default", "models", 5),
+    ("dattri", "tracin", "–", "path", 6),
+    ("dattri", "ekfac λ=1e-3", "0.001", "last", 1),
 )
 MORE_OF_PEERS = (
-    ("traker", "trak k=512", "0, its default", "last", 1),
     ("traker", "trak", "0, its default", "models", 10),
     ("dattri", "trak k=2048", "0, its default", "last", 1),
     ("dattri", "trak", "0, its default", "models", 10),
@@ -131,10 +134,17 @@ def fill(
                 continue
             needed.add(one)
             file = path / "cells" / f"{one.name}.json"
-            if file.exists() and not (again and again in one.name):
+            if _is_finished(file, minutes) and not (again and again in one.name):
                 continue
             _announce(task, one)
             _one(task, one, path, quick, suite, minutes)
+
+
+def _is_finished(file: Path, minutes: float) -> bool:
+    """Whether a cell is there, or was given as many minutes before."""
+    if not file.exists():
+        return False
+    return float(json.loads(file.read_text(encoding="utf-8")).get("given_up", minutes)) >= minutes
 
 
 def _announce(task: str, cell: Any) -> None:
@@ -161,7 +171,9 @@ def _one(task: str, cell: Any, path: Path, quick: bool, suite: Path, minutes: fl
         why = str(error)
     if why is not None:
         console.print(f"  failed: {why}")
-        cells.write(path, cell, {"cell": cell.spec(), "why_not": why})
+        result = {"cell": cell.spec(), "why_not": why}
+        late = {"given_up": minutes} if why.startswith(LATE) else {}
+        cells.write(path, cell, {**result, **late})
     elif cell.kind == "peer":
         with np.load(path / "cells" / f"{cell.name}.npz") as found:
             measured = {name: float(found[name]) for name in ("seconds", "peak_bytes")}
@@ -176,7 +188,7 @@ def _run(command: Sequence[str], minutes: float) -> str | None:
             command, capture_output=True, text=True, timeout=60 * minutes, env=environment
         )
     except subprocess.TimeoutExpired:
-        return f"not done in {minutes:g} minutes"
+        return f"{LATE} {minutes:g} minutes"
     return _last_words(done.stderr) if done.returncode else None
 
 
@@ -190,7 +202,7 @@ def _fork(call: Callable[[], None], minutes: float) -> str | None:
     if process.is_alive():
         process.kill()
         process.join()
-        return f"not done in {minutes:g} minutes"
+        return f"{LATE} {minutes:g} minutes"
     if receiver.poll():
         return str(receiver.recv())
     return None if process.exitcode == 0 else f"its process ended with {process.exitcode}"
@@ -198,7 +210,8 @@ def _fork(call: Callable[[], None], minutes: float) -> str | None:
 
 def _send_failure(call: Callable[[], None], sender: Any) -> None:
     try:
-        call()
+        with dask.config.set(scheduler="synchronous"):  # the threads of a pool are not copied
+            call()
     except BaseException as error:
         sender.send(_last_words(f"{type(error).__name__}: {error}"))
         raise
@@ -280,9 +293,10 @@ def results(task: str, quick: bool = False, suite: Path = SUITE) -> dict[str, An
     rows = [_judged(path, file, truths) for file in sorted((path / "cells").glob("*.json"))]
     rows = [row for row in rows if row["cell"]["kind"] not in ("store", "table")]
     half, removal = (truths[name].outputs.shape for name in ("half", "removal"))
-    described = (work.__doc__ or "").removeprefix("Suite: ").split("\n    truth ")[0]
+    described = (work.__doc__ or "").split("\n    truth ")[0].partition("\n    data ")[2]
+    data, _, model = described.partition("\n    model ")
     about = (
-        f"{' '.join(described.split())}. Truth: "
+        f"Data: {' '.join(data.split())}. Model: {' '.join(model.split())}. Truth: "
         f"{half[0]} halves × {half[1]} seeds, {removal[0]} removals of "
         f"{work.TRUTH['removed']:.0%} × {removal[1]} seed; {half[2]} queries. "
         + "; ".join(f"ceiling ({k}) {v:.3f}" for k, v in ceilings.items() if v is not None)
@@ -303,7 +317,11 @@ def _judged(path: Path, file: Path, truths: dict[str, GroundTruth]) -> dict[str,
         row["judged_by"], row["lds"] = shapes, {}
         for name, whole in truths.items():
             outputs = whole.outputs[:, :, : len(scores)]
-            row["lds"][name] = asdict(lds(scores, GroundTruth(whole.masks, outputs)))
+            truth_of_them = GroundTruth(whole.masks, outputs)
+            if cell.part == "table":
+                row["lds"][name] = asdict(lds(scores, truth_of_them))
+            else:  # drawn without intervals, which take longer than the rest
+                row["lds"][name] = {"value": float(lds_of_queries(scores, truth_of_them).mean())}
         cells.write(path, cell, row)
     row["damping"] = cell.damping if cell.damping != "auto" else cells.damped(cell)
     if cell.needs:
@@ -319,14 +337,16 @@ def write_page(tasks: Sequence[str], quick: bool, suite: Path = SUITE, root: Pat
     known = [t for t in tasks if (truth.folder(t, quick) / "cells").is_dir()]
     found = {task: results(task, quick, suite) for task in known}
     page = (truth.folder("", quick) if quick else root) / "LEADERBOARD.md"
-    page.write_text(tables.page(found, [t for t in tasks if t not in known]), encoding="utf-8")
+    missing = [task for task in tasks if task not in known]
+    page.write_text(tables.page(found, missing), encoding="utf-8")
     if quick:
         return page
     tables.plot(found, page.with_suffix(".png"))
     readme = root.parent / "README.md"
     if readme.exists():
         text = readme.read_text(encoding="utf-8")
-        new = tables.between_markers(text, "leaderboard", tables.summary(found))
+        block = tables.readme(found, missing)
+        new = tables.between_markers(text, "leaderboard", block)
         readme.write_text(new, encoding="utf-8")
     return page
 

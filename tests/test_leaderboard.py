@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ import tda
 from tda.config import load_code
 
 NAME = "digits_mlp"
-TRUTH = {{"num_halves": 8, "num_seeds": 2, "num_removals": 8, "removed": 0.05}}
+TRUTH = {{"num_halves": 4, "num_seeds": 2, "num_removals": 4, "removed": 0.05}}
 SUITE = Path({str(JOBS / "suite")!r})
 Course = load_code("training.py:Course", SUITE)
 checkpoints_of = load_code("training.py:checkpoints", SUITE)
@@ -107,7 +108,7 @@ def test_the_table_holds_recipes_and_peers_judged_by_the_same_truth(board):
     text = page(board)
     ours, theirs = line_of(text, "grad_dot"), line_of(text, "dot")
     assert ours[1] == "tda"
-    assert ours[9] == f"{2 * 6570:,}"  # identity: as many numbers as the network has weights
+    assert ours[9] == f"{2 * 4096:,}"  # two bytes a number
     assert theirs[1:5] == ["kin", "1", "–", "–"]
     assert theirs[7:9] == ["2.5", "1 MB"]
     path = truth.folder("digits_mlp", False)
@@ -167,6 +168,39 @@ def test_the_summary_sets_our_best_against_the_best_peer():
     task = {"about": "", "ceilings": {"half": 0.95}, "rows": rows}
     last = tables.summary({"t": task}).splitlines()[-1]
     assert last == "| t | half | 0.950 | 0.400 b | 0.300 kin c | – | – |"
+
+
+def test_a_damping_that_was_set_by_hand_is_not_our_best():
+    rows = [row("a", 0.2), row("b", 0.9, damping="0.1")]
+    assert tables.best(rows, "half", ours=True, several=False) is rows[0]
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [(0.3, "No peer is ahead"), (0.5, "0.500 kin c is ahead of 0.400 b")]
+)
+def test_the_page_says_where_a_peer_is_ahead(value, said):
+    rows = [row("b", 0.4), row("c", value, kind="peer", peer="kin")]
+    assert said in tables.ahead({"t": {"ceilings": {"half": None}, "rows": rows}})
+
+
+def test_what_ran_out_of_time_is_tried_again_with_more(tmp_path):
+    file = tmp_path / "cell.json"
+    for content, minutes, finished in (
+        ({}, 60, True),
+        ({"given_up": 3}, 3, True),
+        ({"given_up": 3}, 60, False),
+    ):
+        file.write_text(json.dumps(content))
+        assert leaderboard._is_finished(file, minutes) is finished
+
+
+def test_a_call_that_fails_in_a_fork_says_why_and_one_that_takes_too_long_is_ended():
+    def refuse() -> None:
+        raise ValueError("not of this kind")
+
+    assert leaderboard._fork(refuse, 1) == "ValueError: not of this kind"
+    assert leaderboard._fork(lambda: time.sleep(60), 1e-3) == "not done in 0.001 minutes"
+    assert leaderboard._fork(lambda: None, 1) is None
 
 
 def test_automatic_damping_is_held_against_the_best_of_the_grid():

@@ -1,4 +1,4 @@
-"""Suite: 5,000 images of clothes and an MLP, as close to DESIGN §8's setting as the data allow.
+"""Suite: 5,000 images of clothes and an MLP.
 
     data       Fashion-MNIST (the package of jobs/fashion_mnist.py): the first 5,000 training images
                of 28 × 28 pixels, 100 queries of the test set

@@ -31,14 +31,23 @@ INTRODUCTION = """
 Written by `python jobs/leaderboard.py`. Every method was given the same checkpoints and is judged
 by the same retrainings. LDS: linear datamodeling score, mean over queries, 95 % interval over
 queries and subsets. *Halves*: random halves, averaged over seeds; *removal*: a few per cent left
-out of the very run that is attributed. Seconds are those of one busy core, from checkpoints to
-scores (indexing + answering); peak memory is that of the process.
+out of the very run that is attributed. The ceiling is the LDS of retraining itself.
 
-Damping is automatic unless a number stands there: the training schedule implies it, and nothing was
-tuned on these retrainings, with one exception. The shrinkage 0.4 of `influence_shrunk` was chosen
-on digits_mlp, penbased and fashion_mlp: their rows say how well it can do, and only the other tasks
-of the suite will say how well it does. *query = margin*: the query's gradient is that of its margin
-instead of its loss, which weighs several checkpoints better; with one model it changes nothing.
+Seconds are from checkpoints to scores (indexing + answering) on one core of a machine that did
+other work too: orders of magnitude, no benchmark. A recipe finds in the store's cache what a row
+before it decomposed. Peak memory is that of the process. A row "not done in 3 minutes" ran into
+the limit of that call (`--limit`), and is tried again by one with a longer limit.
+
+Damping is automatic unless a number stands there: the training schedule implies it, and it was not
+tuned on these retrainings. The shrinkage 0.4 of `influence_shrunk`, and so `auto` in an eigenbasis,
+was chosen on digits_mlp, penbased and fashion_mlp: their rows show how well it can do, and only the
+other tasks of the suite can show how well it does. *query = margin*: the query's gradient is that
+of its margin and not of its loss, which weighs several checkpoints better; with one model it
+changes nothing. `influence_ekfac (blocks = layer)` at 0.1 is EK-FAC at the damping that kronfluence
+has as a heuristic.
+
+The summary has the best of our rows with automatic damping, and the best of all rows of the peers;
+ours are more, so the largest of them is a little flattered.
 """.strip()
 
 
@@ -113,7 +122,7 @@ def _value(row: Row, protocol: str) -> float:
 
 
 def best(rows: Iterable[Row], protocol: str, ours: bool, several: bool) -> Row | None:
-    """The highest LDS of our recipes, or of the peers', on one model or on several checkpoints."""
+    """The highest LDS of our recipes as they are, or of the peers', on one model or on several."""
     chosen = [
         row
         for row in rows
@@ -121,6 +130,7 @@ def best(rows: Iterable[Row], protocol: str, ours: bool, several: bool) -> Row |
         and row["cell"]["part"] == "table"
         and row["cell"]["kind"] == ("recipe" if ours else "peer")
         and (row["cell"]["number"] > 1) == several
+        and (not ours or row["cell"]["damping"] == "auto")
     ]
     return max(chosen, key=lambda row: _value(row, protocol), default=None)
 
@@ -152,6 +162,12 @@ def summary(tasks: Mapping[str, Mapping[str, Any]]) -> str:
         shown = "–" if ceiling is None else f"{ceiling:.3f}"
         lines.append((name, protocol, shown, *cells))
     return markdown(lines)
+
+
+def readme(tasks: Mapping[str, Mapping[str, Any]], missing: Iterable[str] = ()) -> str:
+    """The README's block: the summary, and what it lacks."""
+    names = ", ".join(missing)
+    return summary(tasks) + (f"\n\nNot run yet: {names}." if names else "")
 
 
 def _short(row: Row | None, protocol: str) -> str:

@@ -234,7 +234,7 @@ class Lazily:
         return getattr(self.make(), self.protocol)()
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # what pickle and inspect look for is not the course's
+        if name.startswith("_"):  # what pickle and inspect look for is not the course's
             raise AttributeError(name)
         return getattr(self.made(), name)
 
