@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tda.curvature.kfac import EkFac, fit_ekfac
     from tda.errors import (
         ConfigError,
         DataError,
@@ -25,16 +26,15 @@ if TYPE_CHECKING:
         TaskError,
         TdaError,
     )
-    from tda.kfac import EkFac, fit_ekfac
     from tda.measurements import MEASUREMENTS, Measurement
     from tda.projection import Projection
-    from tda.ranking import Ranking, TopK
     from tda.recipe import Recipe
     from tda.recipes import RECIPES
     from tda.replay import Training
     from tda.run import Run, index, open
-    from tda.streaming import attribute
+    from tda.scorer.ranking import Ranking, TopK
     from tda.task import Checkpoint, Task
+    from tda.unprojected.streaming import attribute
 
 __version__ = "0.1.0"
 
@@ -49,13 +49,13 @@ _HOMES = {
     "index": "tda.run",
     "open": "tda.run",
     "Run": "tda.run",
-    "attribute": "tda.streaming",
-    "fit_ekfac": "tda.kfac",
-    "EkFac": "tda.kfac",
+    "attribute": "tda.unprojected.streaming",
+    "fit_ekfac": "tda.curvature.kfac",
+    "EkFac": "tda.curvature.kfac",
     "Recipe": "tda.recipe",
     "RECIPES": "tda.recipes",
-    "TopK": "tda.ranking",
-    "Ranking": "tda.ranking",
+    "TopK": "tda.scorer.ranking",
+    "Ranking": "tda.scorer.ranking",
     "Training": "tda.replay",
     "TdaError": "tda.errors",
     "TaskError": "tda.errors",

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tda.curvature import row_ranges
 from tda.errors import StoreError
-from tda.ranking import Heaps, TopK, clipped, ranked
+from tda.scorer.ranking import Heaps, TopK, clipped, ranked
 from tda.store import Store, Table
 
 _TILE = 1024  # queries at a time

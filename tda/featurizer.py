@@ -21,12 +21,12 @@ from tda.errors import GradientError
 from tda.gradients import Audit, Consume, Dense, Factor, Gradients, shapes_of
 from tda.gradients.rules import InseparableError
 from tda.measurements import Link
-from tda.metric import Transform, Update, as_matrices, scaling
-from tda.optimizer import Moments
 from tda.projection import Bases, Pilot, Projection, Projector, rank_one
 from tda.projection.tiles import square_norm
 from tda.store import Table
 from tda.task import Task
+from tda.training.metric import Transform, Update, as_matrices, scaling
+from tda.training.optimizer import Moments
 
 _PILOT_EXAMPLES = 64
 Tick = Callable[[int], None]
@@ -144,7 +144,7 @@ class Featurizer:
         self, projection: Projection, dataset: Dataset, batch_size: int, progress: bool
     ) -> Bases:
         """The bases a projection takes from some of the data, at the last checkpoint."""
-        from tda import kfac
+        from tda.curvature import kfac
 
         if projection.kind != "eigenbasis":
             return projection.fit(self.pilot(dataset), shapes_of(self.task.model))

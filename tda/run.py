@@ -17,12 +17,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from tda import __version__
-from tda.curvature_table import check_measurement, fill_curvature, plan_curvature
+from tda.curvature.table import check_measurement, fill_curvature, plan_curvature
 from tda.data import Dataset, Examples, as_dataset, describe
 from tda.errors import ConfigError, MismatchError, StoreError, TaskError
 from tda.featurizer import Featurizer, Tick, fill, progress_bar
 from tda.gradients import shapes_of
-from tda.metric import check_projection
 from tda.projection import Bases, Projection, bases_from_bytes, bases_to_bytes
 from tda.recipe import Recipe
 from tda.recipes.auto import recipe_for
@@ -30,11 +29,12 @@ from tda.store import Store, Table
 from tda.store.files import write_file
 from tda.store.lock import sole_writer
 from tda.task import Task
+from tda.training.metric import check_projection
 
 if TYPE_CHECKING:
     import dask.array as da
 
-    from tda.ranking import TopK
+    from tda.scorer.ranking import TopK
 
 BATCH_SIZE = 64
 _CHUNK_BYTES = 8 * 2**20  # of rows: larger buffers page-fault on every read
@@ -252,7 +252,7 @@ class Run:
         """Featurize and store rows of which the Gauss–Newton matrix is made, for "influence_gn".
 
         dataset: the training set. num_rows: pairs (example, label) drawn from it, by default four
-        a dimension of the projection; see ``tda.curvature_table``. The same call resumes, computes
+        a dimension of the projection; see ``tda.curvature.table``. The same call resumes, computes
         what checkpoints have been added, and begins anew where the training set has grown.
         Raises TaskError where the measurement has no such matrix, or "influence" has it exactly;
         MismatchError if these are not the training examples.
@@ -286,7 +286,8 @@ class Run:
         Exact by default. ``approximate``: FAISS proposes candidates, whose scores are then exact;
         the measured recall comes with the answer.
         """
-        from tda import candidates, scorer
+        from tda import scorer
+        from tda.scorer import candidates
 
         prepared = self._prepare(queries, recipe)
         if approximate:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tda.data import Collate
 from tda.errors import TaskError
 from tda.measurements import as_measurement
-from tda.optimizer import OptimizerState, read_state
+from tda.training.optimizer import OptimizerState, read_state
 
 Weights = Mapping[str, Tensor]
 METRICS = ("euclidean", "adam", "second_moment", "adam_update")
@@ -38,7 +38,7 @@ class Checkpoint:
     learning_rate_sum: Σ_t η_t of all steps so far. Without it a checkpoint's learning rate is taken
     for that of all steps since the checkpoint before.
     momentum: β of SGD (0.0: none); weight_decay: the coefficient. With Σ_t η_t these give the
-    automatic damping (`tda.schedule.implied_damping`).
+    automatic damping (`tda.training.schedule.implied_damping`).
 
     Raises TaskError for a number out of its range.
     """

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 from memory_store import MemoryStore, make_store
 
-from tda import candidates
-from tda.candidates import RowIndex, approximate_top_k
 from tda.errors import RecipeError, StoreError
 from tda.recipes import RECIPES
-from tda.scorer import Prepared, TopK, prepare, top_k
+from tda.scorer import Prepared, TopK, candidates, prepare, top_k
+from tda.scorer.candidates import RowIndex, approximate_top_k
 
 
 def clustered(path: Path, n: int = 3000, dim: int = 16, num_checkpoints: int = 2) -> MemoryStore:

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tda.conjugate_gradient import solve
+from tda.curvature.gauss_newton import GaussNewton
 from tda.errors import GradientError
-from tda.gauss_newton import GaussNewton
 from tda.gradients import Gradients
 from tda.measurements import as_measurement
+from tda.unprojected.conjugate_gradient import solve
 
 Array = np.ndarray
 WIDTHS = {"a": (2, 3), "b": (), "c": (5,)}  # 12 numbers
@@ -151,7 +151,7 @@ def test_a_right_hand_side_that_is_not_finite_is_refused_by_its_place():
 def test_ekfac_as_preconditioner_saves_iterations():
     """(G+λ)⁻¹ of a small trained network on digits, with and without EK-FAC's (Λ+λ)⁻¹."""
     import tda
-    from tda.kfac import fit_ekfac
+    from tda.curvature.kfac import fit_ekfac
 
     problem = problems.problem("digits_mlp")
     images, labels = problems.load_digits(return_X_y=True)

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 import tda
-from tda import kfac
+from tda.curvature import kfac
+from tda.curvature.kfac import Block, EkFac, fit_ekfac
 from tda.errors import ConfigError, StoreError
 from tda.gradients import Dense, Lookup, Outer, shapes_of
-from tda.kfac import Block, EkFac, fit_ekfac
 from tda.projection import Projection, bases_from_bytes, bases_to_bytes
 from tda.projection.eigenbasis import Eigenbasis, largest, rotated
 

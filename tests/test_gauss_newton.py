@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tda.curvature.gauss_newton import GaussNewton
 from tda.errors import TaskError
-from tda.gauss_newton import GaussNewton
 from tda.gradients import Gradients
 from tda.measurements import MEASUREMENTS, as_measurement
 

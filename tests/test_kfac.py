@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tda
+from tda.curvature.kfac import Block, Corrections, EkFac, Moments, fit_ekfac, sums, targets
+from tda.curvature.kfac.targets import Rows, weighted
 from tda.errors import GradientError
 from tda.gradients import Dense, Gradients, Lookup, Outer, shapes_of
-from tda.kfac import Block, Corrections, EkFac, Moments, fit_ekfac, sums, targets
-from tda.kfac.targets import Rows, weighted
 
 # Linear, tied embedding and head, attention, convolutions in groups, norms, a recurrence (Dense).
 NAMES = ["digits_mlp", "cnn", "norms", "tiny_lm", "several_inputs", "lstm", "integers"]

@@ -20,9 +20,9 @@ import tda
 from tda.errors import ConfigError, MismatchError, TaskError
 from tda.gradients import Dense, Lookup, shapes_of
 from tda.gradients.factors import materialise
-from tda.metric import Scaling
 from tda.projection import Projection
 from tda.run import Run
+from tda.training.metric import Scaling
 
 BETAS, EPS, RATE = (0.8, 0.95), 1e-4, 0.01
 SCALED = {"adam": -0.5, "second_moment": -1.0}

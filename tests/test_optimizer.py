@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import tda
 from tda.errors import TaskError
-from tda.optimizer import read_state
+from tda.training.optimizer import read_state
 
 SGD, Adam, AdamW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
 

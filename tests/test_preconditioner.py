@@ -7,8 +7,7 @@ import pytest
 import torch
 from memory_store import MemoryTable
 
-from tda import curvature
-from tda.curvature import Diagonal, Gram, WeightedRows, diagonal, gram, row_ranges
+from tda.curvature import Diagonal, Gram, WeightedRows, diagonal, gram, moments, row_ranges
 from tda.errors import RecipeError
 from tda.preconditioner import (
     Spectrum,
@@ -75,8 +74,8 @@ def test_a_streamed_curvature_does_not_depend_on_the_chunks(chunk_rows):
 
 @pytest.mark.parametrize("scale", [1.0, 1e-50])
 def test_float32_products_are_summed_in_float64_at_any_scale_of_the_weights(scale, monkeypatch):
-    monkeypatch.setattr(curvature, "EXACT_FLOPS", 0)
-    monkeypatch.setattr(curvature, "TILE_BYTES", 1)
+    monkeypatch.setattr(moments, "EXACT_FLOPS", 0)
+    monkeypatch.setattr(moments, "TILE_BYTES", 1)
     rows, weights = sample(3000, 8)
     found = gram(table(rows, 50), 0, torch.from_numpy(weights * scale))
     expected = explicit(rows, weights) * scale
@@ -86,7 +85,7 @@ def test_float32_products_are_summed_in_float64_at_any_scale_of_the_weights(scal
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 100), (3, 97), (10, 10), (99, 100)])
 def test_row_ranges_cover_every_row_once_and_end_at_chunk_borders(start, stop, monkeypatch):
-    monkeypatch.setattr(curvature, "TILE_BYTES", 4 * 3 * 16)
+    monkeypatch.setattr(moments, "TILE_BYTES", 4 * 3 * 16)
     spans = list(row_ranges(table(np.zeros((100, 3), np.float32), 8), start, stop))
     assert [i for low, high in spans for i in range(low, high)] == list(range(start, stop))
     assert all(high % 16 == 0 or high == stop for _, high in spans)
@@ -188,7 +187,7 @@ def test_without_damping_the_inverse_is_exact_or_refused():
 
 
 def test_rank_is_judged_at_the_precision_of_the_products(monkeypatch):
-    monkeypatch.setattr(curvature, "EXACT_FLOPS", 0)
+    monkeypatch.setattr(moments, "EXACT_FLOPS", 0)
     rows, weights = sample(500, 8)
     assert spectrum(rows, weights).full_rank
     rows[:, 3] = rows[:, 2]

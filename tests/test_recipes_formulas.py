@@ -229,7 +229,7 @@ def test_scores_do_not_depend_on_the_chunks(case, tmp_path, monkeypatch):
     recipe, _ = CASES[case]
     store = stored(tmp_path, case)
     expected = matrix(store, recipe)
-    monkeypatch.setattr("tda.curvature.TILE_BYTES", 1)
+    monkeypatch.setattr("tda.curvature.moments.TILE_BYTES", 1)
     for chunk_rows in (1, 9, 1000):
         found = matrix(store.with_train(chunk_rows=chunk_rows), recipe)
         assert naive.relative_error(found, expected) < 1e-5

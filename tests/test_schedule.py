@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tda.schedule import implied_damping, learning_rate_sums
+from tda.training.schedule import implied_damping, learning_rate_sums
 
 
 def record(step: int | None = None, rate: float | None = None, **known: Any) -> dict[str, Any]:

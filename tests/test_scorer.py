@@ -189,7 +189,7 @@ def test_scores_do_not_depend_on_the_chunks(case, tmp_path, monkeypatch):
     recipe, _ = CASES[case]
     store = make_store(tmp_path)
     expected = matrix(store, recipe)
-    monkeypatch.setattr("tda.curvature.TILE_BYTES", 1)
+    monkeypatch.setattr("tda.curvature.moments.TILE_BYTES", 1)
     monkeypatch.setattr(scorer, "QUERY_TILE", 4)
     for chunk_rows in (1, 9, 1000):
         close(matrix(store.with_train(chunk_rows=chunk_rows), recipe), expected)
@@ -226,7 +226,7 @@ def test_self_influence_of_trak_multiplies_its_two_means(tmp_path):
 @pytest.mark.parametrize("k", [1, 5, 40, 1000])
 @pytest.mark.parametrize("chunk_rows", [3, 100])
 def test_top_k_is_a_stable_sort_of_the_scores(k, chunk_rows, tmp_path, monkeypatch):
-    monkeypatch.setattr("tda.curvature.TILE_BYTES", 1)
+    monkeypatch.setattr("tda.curvature.moments.TILE_BYTES", 1)
     monkeypatch.setattr(scorer, "QUERY_TILE", 4)
     store = make_store(tmp_path, num_checkpoints=2, num_train=40)
     whole = np.random.default_rng(0).integers(-1, 2, store.train.values.shape)  # many exact ties

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 import tda
-from tda import streaming
+from tda.curvature.kfac import EkFac, fit_ekfac
 from tda.errors import GradientError, RecipeError, TaskError
 from tda.gradients import Dense, Lookup, Outer, shapes_of
-from tda.kfac import EkFac, fit_ekfac
 from tda.recipe import Recipe
+from tda.unprojected import streaming
 
 EKFAC = tda.RECIPES["influence_ekfac"]
 # An MLP, a CNN with groups, a language model with a tied embedding and a norm.

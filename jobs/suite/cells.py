@@ -89,8 +89,10 @@ class Cell:
         """The cells that must be there first: its store, and the store's Gauss–Newton rows."""
         if self.kind != "recipe" or self.projection is None:
             return []
-        plain = {"damping": "auto", "query": "own", "blocks": "own"}
-        store = replace(self, kind="store", method="rows", part="store", **plain)
+        store = replace(
+            self, kind="store", method="rows", part="store",
+            damping="auto", query="own", blocks="own",
+        )  # fmt: skip
         has_table = self.method == AUTO or RECIPES[self.method].curvature_rows == "gauss_newton"
         return [store, replace(store, kind="table")] if has_table else [store]
 
@@ -120,9 +122,10 @@ def of_several(num_models: int) -> Iterator[Cell]:
     for chosen, which, count in ((ON_MODELS, "models", number), (ON_PATH, "path", PATH_LENGTH)):
         for method, kind, query in chosen:
             if which == "path" or count > 1:
-                about = {"checkpoints": which, "number": count, "query": query}
-                about |= {"projection": kind, "dim": EACH_DIMS[kind]}
-                yield Cell(kind="recipe", method=method, **about)
+                yield Cell(
+                    kind="recipe", method=method, checkpoints=which, number=count,
+                    query=query, projection=kind, dim=EACH_DIMS[kind],
+                )  # fmt: skip
 
 
 def of_recipes() -> Iterator[Cell]:

@@ -18,8 +18,8 @@ from tda.errors import ConfigError, DataError, StoreError
 if TYPE_CHECKING:
     import dask.array as da
 
-    from tda.ranking import Ranking, TopK
     from tda.run import Run
+    from tda.scorer.ranking import Ranking, TopK
 
 _HEADS = {"proponents": "proponent", "opponents": "opponent", "nearest": "nearest"}
 

@@ -22,7 +22,7 @@ from rich.table import Table
 import tda
 from tda.cli import tables
 from tda.cli.workload import task_of
-from tda.curvature_table import ROWS_PER_DIMENSION
+from tda.curvature.table import ROWS_PER_DIMENSION
 from tda.data import as_dataset
 
 if TYPE_CHECKING:

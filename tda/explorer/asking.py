@@ -20,23 +20,23 @@ import torch
 from torch import Tensor
 
 from tda import scorer
-from tda.candidates import SAMPLE, RowIndex
 from tda.config import QuerySection
 from tda.errors import RecipeError, TdaError
 from tda.explorer.held import Held
 from tda.explorer.library import AbsentError, Keep, Library, Shelf, require_train
-from tda.ranking import Heaps, clipped
 from tda.recipe import Recipe
-from tda.recipes import RECIPES, get_recipe
-from tda.requirements import (
+from tda.recipe.requirements import (
     checkpoint_weights,
     curvature_table,
     layer_slices,
     require_rows,
     segments,
 )
+from tda.recipes import RECIPES, get_recipe
 from tda.run import Run
 from tda.scorer import Prepared
+from tda.scorer.candidates import SAMPLE, RowIndex
+from tda.scorer.ranking import Heaps, clipped
 from tda.store import Store
 
 Search = Literal["auto", "exact", "approximate"]

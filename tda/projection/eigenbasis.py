@@ -1,6 +1,6 @@
 """The coordinates of a gradient that matter most, in a Kronecker eigenbasis.
 
-A parameter [O, I] has a basis for each side (`tda.kfac`), and its gradient G the coordinates
+A parameter [O, I] has a basis for each side (K-FAC's), and its gradient G the coordinates
 ⟨u_i, G v_j⟩. Of all parameters together the ``dim`` coordinates with the largest second moments Λ
 are kept: a coordinate contributes E[q_j t_j/(Λ_j+λ)]² ≈ Λ_j²/(Λ_j+λ)² to a preconditioned product,
 which grows with Λ_j whatever the damping. The share of a layer is therefore found, not set, and the
@@ -32,7 +32,7 @@ _TILE_FLOATS = 2**22
 
 
 class Eigen(Protocol):
-    """What is asked of a parameter's curvature here (see ``tda.kfac.Block``)."""
+    """What is asked of a parameter's curvature here (see ``tda.curvature.kfac.Block``)."""
 
     @property
     def left(self) -> Side: ...

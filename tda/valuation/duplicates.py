@@ -21,8 +21,8 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from tda.errors import DataError
-from tda.ranking import limit_faiss_threads
 from tda.run import Run
+from tda.scorer.ranking import limit_faiss_threads
 from tda.valuation.frames import frame
 from tda.valuation.last_rows import embeddings, gradients
 

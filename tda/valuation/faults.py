@@ -14,8 +14,8 @@ import torch
 from scipy import stats
 
 from tda.errors import DataError
-from tda.ranking import limit_faiss_threads
 from tda.run import Run
+from tda.scorer.ranking import limit_faiss_threads
 from tda.valuation.frames import frame
 from tda.valuation.last_rows import embeddings, gradients
 

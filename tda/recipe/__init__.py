@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from tda.contradictions import contradictions, wrong_numbers
 from tda.errors import RecipeError
+from tda.recipe.contradictions import contradictions, wrong_numbers
 
 Gradient = Literal["loss", "margin"]
 Curvature = Literal["identity", "diagonal", "gram"]

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
+from tda.curvature.kfac.sums import Block, Corrections, EkFac, Moments
+from tda.curvature.kfac.targets import Rows, weighted
 from tda.data import Dataset, as_dataset
 from tda.featurizer import Tick, progress_bar
 from tda.gradients import Gradients, shapes_of
-from tda.kfac.sums import Block, Corrections, EkFac, Moments
-from tda.kfac.targets import Rows, weighted
 from tda.projection.tiles import Shapes
 from tda.task import Task
 

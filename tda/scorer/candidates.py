@@ -19,8 +19,8 @@ import torch
 
 from tda.cache import Cache
 from tda.errors import StoreError
-from tda.ranking import TopK, clipped, limit_faiss_threads, ranked
 from tda.scorer import Prepared, stream, top_k
+from tda.scorer.ranking import TopK, clipped, limit_faiss_threads, ranked
 
 if TYPE_CHECKING:
     from tda.store import Store

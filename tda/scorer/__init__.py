@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from tda.curvature import row_ranges
-from tda.embedding import Embedding, reciprocal
 from tda.errors import RecipeError, StoreError
-from tda.operators import Operators
-from tda.ranking import Heaps, Ranking, TopK, clipped, ranked
 from tda.recipe import Recipe
+from tda.scorer.embedding import Embedding, reciprocal
+from tda.scorer.operators import Operators
+from tda.scorer.ranking import Heaps, Ranking, TopK, clipped, ranked
 
 if TYPE_CHECKING:
     import dask.array as da

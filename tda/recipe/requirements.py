@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tda.errors import RecipeError, StoreError
-from tda.schedule import learning_rate_sums
+from tda.training.schedule import learning_rate_sums
 
 if TYPE_CHECKING:
     from tda.recipe import Recipe

@@ -14,7 +14,7 @@ the whole gradient: it is never farther from F in Frobenius norm (George et al. 
 are blocks of their own, biases too. E is the mean over examples.
 
 G is the gradient of the loss with a target that is as probable as the model thinks it is, so that F
-is the Fisher, or Gauss–Newton, matrix (`tda.kfac.targets`). Where the likelihood is not known it is
+is the Fisher, or Gauss–Newton, matrix (``targets``). Where the likelihood is not known it is
 that of the data's own targets, and ``EkFac.gauss_newton`` says so.
 
 What takes no part does not count: a position whose l_t or r_t is zero (padding, a unit that is off)
@@ -28,7 +28,7 @@ tied to an embedding) has one basis, of the sum of their factored curvatures.
 
 from __future__ import annotations
 
-from tda.kfac.fitting import BATCH_SIZE, fit, fit_ekfac
-from tda.kfac.sums import Block, Corrections, EkFac, Moments
+from tda.curvature.kfac.fitting import BATCH_SIZE, fit, fit_ekfac
+from tda.curvature.kfac.sums import Block, Corrections, EkFac, Moments
 
 __all__ = ["BATCH_SIZE", "Block", "Corrections", "EkFac", "Moments", "fit", "fit_ekfac"]

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from tda.cache import Arrays
 from tda.curvature import row_ranges
-from tda.operators import Group, Operators
 from tda.preconditioner import squared
 from tda.recipe import Recipe
-from tda.requirements import checkpoint_weights, layer_slices
-from tda.row_weights import column, gradient_weights
+from tda.recipe.requirements import checkpoint_weights, layer_slices
+from tda.scorer.operators import Group, Operators
+from tda.scorer.row_weights import column, gradient_weights
 
 if TYPE_CHECKING:
     from tda.store import Store, Table

@@ -11,10 +11,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tda.conjugate_gradient import solve
-from tda.gauss_newton import GaussNewton
+from tda.curvature.gauss_newton import GaussNewton
+from tda.curvature.kfac import EkFac
 from tda.gradients import Factor
-from tda.kfac import EkFac
 from tda.preconditioner import (
     SpectralFunction,
     Spectrum,
@@ -28,6 +27,7 @@ from tda.preconditioner import (
 from tda.projection.eigenbasis import device_of, example_tiles, rotated
 from tda.projection.tiles import square_norm
 from tda.recipe import Recipe
+from tda.unprojected.conjugate_gradient import solve
 
 log = logging.getLogger(__name__)
 

@@ -33,9 +33,9 @@ from tda.preconditioner import (
     require_invertible,
 )
 from tda.recipe import Recipe
-from tda.requirements import curvature_table, layer_slices, require_rows, segments
-from tda.row_weights import curvature_weights
-from tda.schedule import implied_damping
+from tda.recipe.requirements import curvature_table, layer_slices, require_rows, segments
+from tda.scorer.row_weights import curvature_weights
+from tda.training.schedule import implied_damping
 
 if TYPE_CHECKING:
     from tda.store import Store, Table

@@ -19,24 +19,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tda import kfac
+from tda.curvature import kfac
+from tda.curvature.gauss_newton import GaussNewton
+from tda.curvature.kfac import BATCH_SIZE, EkFac
 from tda.data import Dataset, as_dataset, batches
-from tda.embedding import reciprocal
 from tda.errors import GradientError, RecipeError, TaskError
 from tda.featurizer import Tick, progress_bar
-from tda.gauss_newton import GaussNewton
 from tda.gradients import Factor, Gradients, Lookup, shapes_of
 from tda.gradients.factors import materialise
-from tda.kfac import BATCH_SIZE, EkFac
 from tda.measurements import Link
-from tda.parameter_space import Factored, Preconditioner, Solved, Unchanged, Vectors
 from tda.projection.sketches import rank_one
 from tda.projection.tiles import tiles
 from tda.recipe import Recipe
+from tda.recipe.requirements import checkpoint_weights
 from tda.recipes import get_recipe
-from tda.requirements import checkpoint_weights
-from tda.schedule import implied_damping
+from tda.scorer.embedding import reciprocal
 from tda.task import Task
+from tda.training.schedule import implied_damping
+from tda.unprojected.preconditioners import Factored, Preconditioner, Solved, Unchanged, Vectors
 
 _TILE_FLOATS = 2**24
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from tda.errors import ConfigError
 from tda.gradients import Elementwise, Factor, Lookup
-from tda.optimizer import Moments
 from tda.projection import Projection, Shapes
+from tda.training.optimizer import Moments
 
 Transform = Callable[[str, list[Factor]], list[Factor]]
 

@@ -1,0 +1,6 @@
+"""What is known of the training that made a checkpoint.
+
+optimizer.py  the optimiser's saved state: momentum, moments, weight decay
+schedule.py   how far training went, and the damping that implies
+metric.py     gradients scaled as the optimiser scales them
+"""
