@@ -301,6 +301,11 @@ def results(task: str, quick: bool = False, suite: Path = SUITE) -> dict[str, An
         f"{work.TRUTH['removed']:.0%} × {removal[1]} seed; {half[2]} queries. "
         + "; ".join(f"ceiling ({k}) {v:.3f}" for k, v in ceilings.items() if v is not None)
     )
+    asked = cells_of(work.course(quick).num_models, half[2], SCRIPTS, more=False)
+    kept = {row["cell"]["kind"] + cells.Cell(**row["cell"]).name for row in rows}
+    lacking = [c for c in asked if c.part == "table" and c.kind + c.name not in kept]
+    if lacking:
+        about += ". Rows not run yet: " + ", ".join(tables.label(c.spec()) for c in lacking)
     return {"about": about, "ceilings": ceilings, "rows": rows}
 
 

@@ -46,6 +46,10 @@ of its margin and not of its loss, which weighs several checkpoints better; with
 changes nothing. `influence_ekfac (blocks = layer)` at 0.1 is EK-FAC at the damping that kronfluence
 has as a heuristic.
 
+traker's `trak` is at its default of 2,048 numbers an example, undamped: with fewer training
+examples than that, or not many more, its kernel is singular or nearly so, and its figure is poor
+for this reason. `k=512` is the fairer row where there is one.
+
 The summary has the best of our rows with automatic damping, and the best of all rows of the peers;
 ours are more, so the largest of them is a little flattered.
 """.strip()
@@ -92,6 +96,13 @@ def _method(row: Row) -> str:
     if cell["method"] == "auto" and "chosen" in row:
         given.append(row["chosen"])
     return cell["method"] + (f" ({', '.join(given)})" if given else "")
+
+
+def label(cell: Mapping[str, Any]) -> str:
+    """A cell in a few words."""
+    by = f"{cell['peer']} " if cell["peer"] else ""
+    rows = f", {cell['projection'].replace('_', ' ')}" if cell["projection"] else ""
+    return f"{by}{_method({'cell': cell})} ({_kept(cell)}{rows})"
 
 
 def _kept(cell: Mapping[str, Any]) -> str:
@@ -167,7 +178,12 @@ def summary(tasks: Mapping[str, Mapping[str, Any]]) -> str:
 def readme(tasks: Mapping[str, Mapping[str, Any]], missing: Iterable[str] = ()) -> str:
     """The README's block: the summary, and what it lacks."""
     names = ", ".join(missing)
-    return summary(tasks) + (f"\n\nNot run yet: {names}." if names else "")
+    if not names:
+        return summary(tasks)
+    return (
+        f"{summary(tasks)}\n\nBest of our rows with automatic damping, best of the peers' that "
+        f"finished: jobs/LEADERBOARD.md has all rows, and what did not. Not run yet: {names}."
+    )
 
 
 def _short(row: Row | None, protocol: str) -> str:
