@@ -29,6 +29,7 @@ TRUTH = {"num_halves": 100, "num_seeds": 5, "num_removals": 100, "removed": 0.05
 Course = load_code("training.py:Course", HERE)
 Lazily = load_code("training.py:Lazily", HERE)
 checkpoints_of = load_code("training.py:checkpoints", HERE)
+examples = load_code("training.py:examples", HERE)
 network = load_code("networks.py:network", HERE)
 losses = load_code("networks.py:losses", HERE)
 fetch = load_code("archives.py:fetch", HERE)
@@ -62,18 +63,11 @@ def task(run_path: str, checkpoints: str = "last", quick: bool = False) -> tda.T
 
 
 def train_set(quick: bool = False) -> dict[str, Any]:
-    return _examples("train", 0, 200 if quick else NUM_TRAIN)
+    return examples(_data(), "train", 0, 200 if quick else NUM_TRAIN)
 
 
 def test_set(quick: bool = False) -> dict[str, Any]:
-    return _examples("query", NUM_TRAIN, 20 if quick else NUM_QUERIES)
-
-
-def _examples(kind: str, start: int, number: int) -> dict[str, Any]:
-    inputs, targets = _data()
-    part = slice(start, start + number)
-    names = [f"{kind}-{i:05}" for i in range(number)]
-    return {"input": inputs[part], "target": targets[part], "id": names}
+    return examples(_data(), "query", NUM_TRAIN, 20 if quick else NUM_QUERIES)
 
 
 @cache

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tda.valuation import concentration
+
 if TYPE_CHECKING:
     from tda.report.decisions import Decisions
     from tda.report.difference import Difference
@@ -149,12 +151,7 @@ class Values:
     @property
     def gini(self) -> float:
         """Gini coefficient of |value|: 0 when all weigh the same, towards 1 when one has all."""
-        size = np.sort(np.abs(self.mean.astype(np.float64)))
-        total = size.sum()
-        if total == 0:
-            return 0.0
-        rank = np.arange(1, size.size + 1)
-        return float((2 * (rank * size).sum() / total - (size.size + 1)) / size.size)
+        return concentration(self.mean).gini
 
 
 @dataclass(frozen=True)
