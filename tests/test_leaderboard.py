@@ -82,8 +82,8 @@ def board(tmp_path_factory):
         patch.chdir(folder)
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *sys.path]))
         methods = (("kin", "dot", "–", "last", 1), ("kin", "broken", "0", "last", 1))
-        patch.setattr(leaderboard, "PEERS", methods)
-        patch.setattr(leaderboard, "SCRIPTS", {"kin": str(folder / "peer.py")})
+        patch.setattr(leaderboard.others, "METHODS", methods)
+        patch.setattr(leaderboard.others, "SCRIPTS", {"kin": str(folder / "peer.py")})
         truth.compute(leaderboard.module("digits_mlp", folder), quick=False, progress=False)
         fill(folder)
         yield folder
@@ -206,3 +206,53 @@ def test_a_call_that_fails_in_a_fork_says_why_and_one_that_takes_too_long_is_end
 def test_automatic_damping_is_held_against_the_best_of_the_grid():
     rows = [row("b", 0.38), row("b", 0.4, "grid", damping="1"), row("b", 0.1, "grid", damping="9")]
     assert tables.grid(rows).splitlines()[-1] == "| b | half | 0.380 | 0.400 at 1 | 95% |"
+
+
+def found(digest: str, *rows: dict[str, Any], retrainings: int = 8) -> dict[str, Any]:
+    truth_of_them = {"digest": digest, "retrainings": retrainings}
+    return {"truth": truth_of_them, "about": "a", "ceilings": {"half": 0.9}, "rows": list(rows)}
+
+
+def test_rows_of_one_truth_are_joined_and_a_failure_does_not_replace_a_figure():
+    old, new, other = row("trak", 0.2), row("trak", 0.3), row("influence", 0.4)
+    failed = {"cell": row("influence", 0)["cell"], "why_not": "not done in 3 minutes"}
+    both = leaderboard.kept.joined(found("x", old, other), found("x", new, failed))
+    assert [one["lds"]["half"]["value"] for one in both["rows"]] == [0.3, 0.4]
+
+
+def test_rows_of_another_truth_never_stand_beside_them():
+    here = found("y", row("trak", 0.3))
+    kept = leaderboard.kept
+    assert kept.joined(found("x", row("trak", 0.2)), here) == here
+    assert kept.joined(found("x", row("trak", 0.2), row("influence", 0.1)), here) is None
+    assert kept.joined(found("x", row("trak", 0.2), retrainings=9), here) is None
+
+
+def test_what_is_kept_is_read_back(tmp_path):
+    whole = found("x", row("trak", 0.25, damping="0.1"), row("grad_dot", 0.5))
+    leaderboard.kept.write(tmp_path / "t.json", whole)
+    back = leaderboard.kept.read(tmp_path / "t.json")
+    names = [leaderboard.kept.name_of(one) for one in back["rows"]]
+    assert names == sorted(map(leaderboard.kept.name_of, whole["rows"]))
+    assert back["rows"][0]["lds"] == {"half": {"value": 0.5, "low": 0.5, "high": 0.5}}
+    assert back["rows"][1]["cell"]["damping"] == "0.1"
+
+
+def test_another_machine_s_truth_has_another_digest():
+    masks = np.eye(4, dtype=np.uint8)
+    first, second = (GroundTruth(masks, np.full((4, 1, 2), value)) for value in (0.0, 1.0))
+    digest = leaderboard.kept.digest
+    assert digest({"half": first}) == digest({"half": GroundTruth(masks, np.zeros((4, 1, 2)))})
+    assert digest({"half": first}) != digest({"half": second})
+    assert digest({"half": first}) != digest({"removal": first})
+
+
+def test_a_page_is_made_of_what_is_kept_where_nothing_was_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    about = {"num_models": 1, "num_queries": 4}
+    one = found("x", row("trak", 0.25))
+    one["truth"] |= about
+    leaderboard.kept.write(tmp_path / "leaderboard" / "digits_mlp.json", one)
+    text = page(tmp_path)
+    assert line_of(text, "trak")[5] == "0.250 [0.250, 0.250]"
+    assert "Rows not run yet" in text

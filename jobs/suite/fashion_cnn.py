@@ -5,7 +5,7 @@
     model      the CNN of jobs/fashion_mnist.py (two convolutions, 105,866 parameters), SGD with
                momentum, 600 steps of 64
     truth      64 halves × 2 seeds; 64 removals of 5 % with the seed of the model attributed
-    time       ground truth about 35 minutes on one core
+    time       ground truth about 12 minutes on one core
 
 `jobs/leaderboard.py --tasks fashion_cnn` runs it; `configs/suite/fashion_cnn.toml` names its parts.
 """

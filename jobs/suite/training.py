@@ -218,7 +218,7 @@ class OneByOne:
 def optimizer_of(course: Course, model: nn.Module) -> torch.optim.Optimizer:
     weights, decay = model.parameters(), course.weight_decay
     if course.optimizer == "adamw":
-        return torch.optim.AdamW(weights, lr=course.learning_rate, weight_decay=decay)
+        return torch.optim.AdamW(weights, lr=course.learning_rate, weight_decay=decay, fused=True)
     return torch.optim.SGD(
         weights, lr=course.learning_rate, momentum=course.momentum, weight_decay=decay
     )

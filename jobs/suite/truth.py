@@ -23,27 +23,31 @@ def folder(task: str, quick: bool) -> Path:
     return Path("stores/suite-quick" if quick else "stores/suite") / task
 
 
-def compute(work: ModuleType, quick: bool, progress: bool = True) -> None:
-    """The ground truths of a task, or what is missing of them."""
+def compute(work: ModuleType, quick: bool, progress: bool = True, seeds: int | None = None) -> None:
+    """The ground truths of a task, or what is missing of them; the halves' with the first few
+    ``seeds`` or all."""
     path = folder(work.NAME, quick)
     with sole_writer(path / "evaluate"):
         course = work.course(quick)
         run = tda.index(work.task(str(path), "last", quick), work.train_set(quick), path,
                         proj_dim=PROJ_DIM, progress=False)  # fmt: skip
         queries = work.test_set(quick)
-        for name, design in designs(work.TRUTH, quick):
+        for name, design in designs(work.TRUTH, quick, seeds):
             train = course.half() if name == "half" else course.removal()
             ground_truth(run, train, queries, design, name=name, progress=progress)
 
 
-def designs(numbers: dict[str, float], quick: bool) -> list[tuple[str, Design]]:
+def designs(
+    numbers: dict[str, float], quick: bool, most: int | None = None
+) -> list[tuple[str, Design]]:
     """First what gives a figure on both protocols, then the other seeds of the halves."""
     halves, seeds = int(numbers["num_halves"]), int(numbers["num_seeds"])
     removals, removed = int(numbers["num_removals"]), numbers["removed"]
     if quick:
         halves, seeds, removals = 8, 2, 8
     removal = Design(kind="removal", num_subsets=removals, fraction=removed, seeds=(0,))
-    first, every = (Design(num_subsets=halves, seeds=tuple(range(n))) for n in (2, seeds))
+    seeds = min(seeds, most or seeds)
+    first, every = (Design(num_subsets=halves, seeds=tuple(range(n))) for n in (1, seeds))
     return [("half", first), ("removal", removal), ("half", every)]
 
 
