@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -222,6 +222,26 @@ class Run:
     def ids(self) -> np.ndarray:
         """``[train]`` ids of the training examples, in the order of every score."""
         return self.store.table("train").column("id")
+
+    def delete(self, ids: Sequence[str]) -> int:
+        """Leave training examples out of every answer, at once; returns how many this changed.
+
+        As if they had never been indexed: out of scores, rankings, curvature, means over examples.
+        No row is computed or removed; `restore` takes it back, `compact` makes it final. Positions
+        are always those in ``run.ids``. Raises DataError for an unknown id, or if none were left.
+        """
+        with sole_writer(self.path):
+            return self.store.delete(ids)
+
+    def restore(self, ids: Sequence[str]) -> int:
+        """Let deleted examples count again; returns how many this changed. Raises DataError."""
+        with sole_writer(self.path):
+            return self.store.restore(ids)
+
+    @property
+    def deleted(self) -> np.ndarray:
+        """``[d]`` ids of the training examples that are deleted."""
+        return self.store.deleted
 
     def add_queries(
         self,

@@ -13,6 +13,7 @@ import pytest
 from explorer_run import Made, make_run
 from fastapi.testclient import TestClient
 
+import tda
 from tda.errors import StoreError
 from tda.explorer import Explorer, create_app
 from tda.explorer.marks import ConflictError, Mark, Marks, as_csv
@@ -39,6 +40,20 @@ def test_a_mark_is_shown_where_its_example_is_and_outlives_the_server(made):
     shown = again.get("/api/sets/test/queries/0?recipe=grad_dot&k=30").json()
     examples = [s["example"] for side in ("proponents", "opponents") for s in shown[side]]
     assert [e["index"] for e in examples if e["mark"]] == [4]
+
+
+def test_a_deleted_example_is_in_no_list_and_its_mark_waits(made):
+    """A server that is running notices; positions are those of the rest."""
+    web = web_of(made)
+    web.post("/api/marks", json={"id": "train-7", "action": "remove"})
+    tda.open(made.run.path).delete(["train-7"])
+    assert web.get("/api/marks").json() == [] and "train-7" not in web.get("/marks").text
+    assert web.get("/api/train/7").json()["id"] == "train-8"
+    listed = web.get("/api/sets/test/queries/0?recipe=grad_dot&k=30").json()
+    examples = [s["example"] for side in ("proponents", "opponents") for s in listed[side]]
+    assert {e["id"] for e in examples} == {f"train-{i}" for i in range(30) if i != 7}
+    tda.open(made.run.path).restore(["train-7"])
+    assert [mark["index"] for mark in web.get("/api/marks").json()] == [7]
 
 
 def test_the_last_decision_holds_and_none_withdraws_it(made):

@@ -375,27 +375,12 @@ def serve(
 
 
 @app.command()
-def verify(target: Target, set_: Overrides = None) -> None:
-    """Read the whole store; name each chunk that is missing, torn or altered.
-
-    Exit code 1 if there is one.
-    """
-    from tda.cli import tables
-    from tda.cli.workload import find_path
-    from tda.store import Store
-
-    path = find_path(target, set_ or ())
-    faults = Store.open(path).verify()
-    if faults:
-        tables.show(tables.faults(path, faults))
-        raise typer.Exit(1)
-    typer.echo(f"{path}: no faults")
-
-
-@app.command()
 def recipes() -> None:
     """The methods there are, each with its formula and its paper."""
     from tda.cli import tables
     from tda.recipes import RECIPES
 
     tables.show(tables.recipes(RECIPES.values()))
+
+
+from tda.cli import upkeep  # noqa: E402, F401 – its commands use the names above

@@ -98,7 +98,7 @@ def plan_curvature(
     Raises MismatchError if ``dataset`` is not the training set, TaskError.
     """
     check_measurement(featurizer.task.measurement)
-    train = store.table(TRAIN)
+    train = store.stored(TRAIN)  # deleted examples too: they may come back
     if len(dataset) != train.num_rows:
         raise _other_data(train, f"{len(dataset)} examples")
     wanted = ROWS_PER_DIMENSION * train.dim if num_rows is None else num_rows
@@ -213,7 +213,7 @@ def _stored(store: Store, train: Table, num_rows: int | None) -> Sample | None:
     if record is None or record["train"] != data[TRAIN]["digest"]:
         return None
     try:
-        sample = _sample_of(store.table(CURVATURE), train)
+        sample = _sample_of(store.stored(CURVATURE), train)
     except StoreError:  # damaged: the same rows are chosen again
         return None
     count = len(sample.example)

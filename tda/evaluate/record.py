@@ -1,7 +1,7 @@
 """A ground truth on disk: RUN/evaluate/NAME, one completed unit for each (subset, seed).
 
     manifest.json           design, digests of data, queries, measurement and training function
-    masks/                  [subset, train] uint8
+    masks/                  [subset, train] uint8; train: those that were not deleted
     outputs/                [subset, seed, query] float32, NaN where it is not there yet
     done/static.json        mark of the layout and the masks
     done/SUBSET-SEED.json   mark of one retraining: its chunk of outputs is finished
@@ -22,6 +22,7 @@ import numpy as np
 from tda.errors import DataError, MismatchError, StoreError
 from tda.evaluate.design import Design
 from tda.store.arrays import ArraySpec, group_document
+from tda.store.deleted import deleted_positions
 from tda.store.files import TRAILER, disk, map_file, seal, unseal, write_file
 from tda.store.manifest import config_hash
 from tda.store.marks import (
@@ -50,7 +51,8 @@ _CURES = {
 class GroundTruth:
     """What retraining showed.
 
-    masks ``[subset, train]`` uint8: 1 where an example was trained on. outputs ``[subset, seed,
+    masks ``[subset, train]`` uint8: 1 where an example was trained on, of those in the run's ids.
+    outputs ``[subset, seed,
     query]`` float32, higher is better for the query: the margin f, or −loss where there is none.
     """
 
@@ -110,9 +112,16 @@ class Record:
         record._lay_out(masks)
         return record
 
+    @cached_property
+    def _examples(self) -> np.ndarray:
+        """int64 indices, in the training set, of the examples that are not deleted."""
+        train = self.manifest["train"]
+        deleted = deleted_positions({"data": {"train": train}}, self.path)
+        return np.delete(np.arange(train["num_rows"]), deleted)
+
     @property
     def _num_train(self) -> int:
-        return int(self.manifest["train"]["num_rows"])
+        return len(self._examples)
 
     @property
     def num_queries(self) -> int:
@@ -163,8 +172,8 @@ class Record:
         return [unit for unit in asked if not self._is_finished(*unit)]
 
     def subset(self, subset: int) -> np.ndarray:
-        """int64 indices of the examples of a subset, ascending."""
-        return np.flatnonzero(self._masks[subset]).astype(np.int64)
+        """int64 indices, in the training set, of the examples of a subset, ascending."""
+        return self._examples[np.flatnonzero(self._masks[subset])]
 
     @cached_property
     def _masks(self) -> np.ndarray:

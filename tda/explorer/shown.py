@@ -68,12 +68,14 @@ def mark_out(mark: Mark, index: int | None) -> MarkOut:
 
 
 def listed_marks(explorer: Explorer, marks: Marks) -> list[tuple[Mark, int | None]]:
-    """Every mark, newest first, with its example's position (None: the run has no such id)."""
+    """Every mark, newest first, with its example's position (None: the run has no such id).
+
+    Those of deleted examples are left out; they are kept, should one come back.
+    """
     shelf = explorer.library.train
-    found: list[tuple[Mark, int | None]] = []
-    for mark in reversed(list(marks.all().values())):
-        found.append((mark, shelf.index_of(mark.id) if shelf.has(mark.id) else None))
-    return found
+    known, deleted = marks.all(), set(shelf.store.deleted.tolist())
+    shown = [known[name] for name in reversed(known) if name not in deleted]
+    return [(mark, shelf.index_of(mark.id) if shelf.has(mark.id) else None) for mark in shown]
 
 
 def decide(explorer: Explorer, marks: Marks, given: MarkIn) -> MarkOut:

@@ -18,7 +18,7 @@ from tda.errors import DataError, MismatchError, StoreError
 from tda.store.arrays import COLUMNS, ArraySpec, group_document, layout
 from tda.store.encoding import check_dtype, encode_column
 from tda.store.files import remove_file
-from tda.store.manifest import CURVATURE, QUERIES, TRAIN
+from tda.store.manifest import CURVATURE, QUERIES, TRAIN, read_manifest
 from tda.store.marks import (
     STATIC,
     Entry,
@@ -195,15 +195,17 @@ def _require_record(run: Path, manifest: Mapping[str, Any], examples: Examples) 
 
 def _mismatch(table: Table | Path, found: str, wanted: str) -> MismatchError:
     folder = table if isinstance(table, Path) else table.folder
-    train = folder.name == TRAIN and folder.parent.name != "queries"
+    do = "store changed queries under a new name; queries can only be added at the end"
+    if folder.name == TRAIN and folder.parent.name != QUERIES:
+        do = "index changed data into a new folder; examples can only be added at the end"
+        if read_manifest(folder.parent)["data"].get(TRAIN, {}).get("deleted"):
+            do = "give the deleted examples too, or `tda compact` the run; " + do
     return MismatchError(
         "these are not the examples this table was made with",
         where=folder,
         found=found,
         wanted=wanted,
-        do="index changed data into a new folder; examples can only be added at the end"
-        if train
-        else "store changed queries under a new name; queries can only be added at the end",
+        do=do,
     )
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+import numpy as np
 
 from tda.data import Examples
-from tda.errors import MismatchError, StoreError
+from tda.errors import DataError, MismatchError, StoreError
+from tda.store.deleted import KEY, deleted_positions, places, with_deleted, without_deleted
 from tda.store.manifest import (
     CURVATURE,
     NAME,
@@ -86,6 +89,8 @@ class Store:
         planned = plan_table(self.path, self.manifest, name, examples, hidden, dtype)
         record = {"num_rows": len(examples), "digest": examples.digest()}
         data = self.manifest["data"]
+        if name == TRAIN and KEY in data.get(TRAIN, {}):
+            record[KEY] = data[TRAIN][KEY]
         if name == CURVATURE:
             record["train"] = data[TRAIN]["digest"]
         if name in (TRAIN, CURVATURE) and data.get(name) != record:
@@ -94,7 +99,17 @@ class Store:
         return planned
 
     def table(self, name: str) -> Table:
-        """The table ``train``, ``curvature`` or ``queries/NAME``. Raises StoreError if absent."""
+        """The table ``train``, ``curvature`` or ``queries/NAME``, to be read.
+
+        Deleted examples are not in it; positions are those of the rest. Raises StoreError if there
+        is no such table.
+        """
+        table = self.stored(name)
+        self.manifest = table.manifest  # as it is now: another process may have deleted examples
+        return table if name.startswith(QUERIES) else cast(Table, without_deleted(table))
+
+    def stored(self, name: str) -> Table:
+        """The same with its deleted rows, as it is written and as it lies on the disk."""
         if not (self.path / check_table_name(name)).is_dir():
             if name == CURVATURE:
                 raise StoreError("this run has no curvature table", where=self.path, do=redo(name))
@@ -111,6 +126,41 @@ class Store:
         """Names of the stored query sets (``table(f"queries/{name}")``), sorted."""
         prefix = f"{QUERIES}/"
         return [n.removeprefix(prefix) for n in table_names(self.path) if n.startswith(prefix)]
+
+    @property
+    def deleted(self) -> np.ndarray:
+        """``[d]`` ids of the deleted training examples, in the order of the table."""
+        positions = deleted_positions(self.manifest, self.path)
+        return self.stored(TRAIN).entries("id", positions) if len(positions) else np.array([], str)
+
+    def delete(self, ids: Sequence[str]) -> int:
+        """From now on these training examples count nowhere; returns how many did until now.
+
+        Nothing is computed and no row is touched: the manifest names them. Whoever reads the table
+        sees it without them. Raises DataError for an id that is not in the run, or if no example
+        would be left.
+        """
+        return self._count(ids, np.union1d)
+
+    def restore(self, ids: Sequence[str]) -> int:
+        """Take the deletion of these back; returns how many were deleted. Raises DataError."""
+        return self._count(ids, np.setdiff1d)
+
+    def _count(self, ids: Sequence[str], change: Callable[..., np.ndarray]) -> int:
+        train = self.stored(TRAIN)
+        before = deleted_positions(train.manifest, self.path)
+        after = change(before, places(train, ids))
+        if len(after) == train.num_rows:
+            raise DataError(
+                "no training example would be left",
+                where=self.path,
+                found=f"all {len(after)} deleted",
+                do="keep at least one, or delete the folder",
+            )
+        if len(after) != len(before):
+            self.manifest = with_deleted(train.manifest, after)
+            write_manifest(self.path, self.manifest)
+        return abs(len(after) - len(before))
 
     def add_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         """One more checkpoint, last; its chunks are missing in every table, the others stay.

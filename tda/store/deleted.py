@@ -1,0 +1,206 @@
+"""Examples that no longer count: named in the manifest, left where they are until `tda compact`.
+
+    data.train.deleted = "3 17-20"      positions in the table, ascending, both ends included
+
+Whoever reads sees a table without them, in which positions are those of the rest; whoever writes
+sees the table as it is stored.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tda.errors import DataError, StoreError
+from tda.store.arrays import CHECKPOINT
+from tda.store.manifest import NAME, TRAIN
+from tda.store.table import Table
+
+KEY = "deleted"
+_RANGES = re.compile(r"[0-9]{1,15}(-[0-9]{1,15})?( [0-9]{1,15}(-[0-9]{1,15})?)*")
+_SHARES = ("curvature", "weight")  # of the table ``curvature``: they count rows and examples
+
+
+def deleted_positions(manifest: Mapping[str, Any], run: Path) -> np.ndarray:
+    """Positions of the deleted training examples, ascending int64. Raises StoreError if absurd."""
+    record = manifest["data"].get(TRAIN, {})
+    text = record.get(KEY)
+    if text is None:
+        return np.empty(0, np.int64)
+    if isinstance(text, str) and _RANGES.fullmatch(text):
+        ranges = [range_.partition("-") for range_ in text.split(" ")]
+        ends = np.array([(int(first), int(last or first)) for first, _, last in ranges])
+        borders = ends.reshape(-1)
+        ordered = (ends[:, 0] <= ends[:, 1]).all() and (np.diff(ends.reshape(-1))[1::2] > 0).all()
+        if ordered and borders[-1] < record["num_rows"]:
+            return np.concatenate([np.arange(first, last + 1) for first, last in ends])
+    raise StoreError(
+        "the list of deleted examples makes no sense",
+        where=f"{run / NAME}, data.{TRAIN}.{KEY}",
+        found=repr(text)[:80],
+        wanted='ascending positions below num_rows, such as "3 17-20"',
+        do="restore the manifest from a copy",
+    )
+
+
+def with_deleted(manifest: Mapping[str, Any], positions: np.ndarray) -> dict[str, Any]:
+    """The manifest that says that these training examples, and no others, are deleted."""
+    record = {k: v for k, v in manifest["data"][TRAIN].items() if k != KEY}
+    if len(positions):
+        runs = np.split(positions, np.flatnonzero(np.diff(positions) > 1) + 1)
+        spelled = (f"{r[0]}-{r[-1]}" if len(r) > 1 else str(r[0]) for r in runs)
+        record[KEY] = " ".join(spelled)
+    return {**manifest, "data": {**manifest["data"], TRAIN: record}}
+
+
+def places(train: Table, ids: Sequence[str]) -> np.ndarray:
+    """Positions of these examples in the stored table. Raises DataError naming one it lacks."""
+    known = {name: place for place, name in enumerate(train.column("id").tolist())}
+    absent = [name for name in ids if name not in known]
+    if absent:
+        raise DataError(
+            "there is no training example of this id",
+            where=train.folder,
+            found=", ".join(map(repr, absent[:5])) + (" …" if len(absent) > 5 else ""),
+            do="`run.ids` lists those there are",
+        )
+    return np.array([known[name] for name in ids], np.int64)
+
+
+def without_deleted(table: Table) -> Table | Remaining:
+    """The table as readers see it. Raises StoreError if nothing would be left."""
+    manifest = table.manifest
+    deleted = deleted_positions(manifest, table.path)
+    if not len(deleted):
+        return table
+    if table.name == TRAIN:
+        return Remaining(table, np.delete(np.arange(table.num_rows), deleted))
+    train = Table(table.path, TRAIN)
+    gone = train.entries("id", deleted)
+    kept = np.flatnonzero(~np.isin(table.column("example"), gone))
+    if not len(kept):
+        raise StoreError(
+            "all rows of the curvature table belong to deleted examples",
+            where=table.folder,
+            do="`tda compact` the run, then call run.add_curvature(train) again",
+        )
+    rows = len(kept) / table.num_rows
+    examples = 1 - len(deleted) / train.num_rows
+    return Remaining(table, kept, rows / examples)
+
+
+@dataclass(frozen=True)
+class Remaining:
+    """A table without its deleted rows; stands in for it wherever it is read.
+
+    kept: the positions that are left, ascending. share: what multiplies the weights of curvature
+    rows: R/(n π) of R rows and n examples becomes R'/(n' π) of those that are left, and the mean
+    over them is the estimate of G for them alone.
+    """
+
+    stored: Table
+    kept: np.ndarray
+    share: float = 1.0
+
+    def __repr__(self) -> str:
+        return f"{self.stored!r} without {self.stored.num_rows - self.num_rows} deleted"
+
+    @property
+    def path(self) -> Path:
+        return self.stored.path
+
+    @property
+    def name(self) -> str:
+        return self.stored.name
+
+    @property
+    def folder(self) -> Path:
+        return self.stored.folder
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        return self.stored.manifest
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.kept)
+
+    @property
+    def num_checkpoints(self) -> int:
+        return self.stored.num_checkpoints
+
+    @property
+    def dim(self) -> int:
+        return self.stored.dim
+
+    @property
+    def hidden(self) -> int | None:
+        return self.stored.hidden
+
+    @property
+    def dtype(self) -> str:
+        return self.stored.dtype
+
+    @property
+    def chunk_rows(self) -> int:
+        return self.stored.chunk_rows
+
+    def columns(self) -> list[str]:
+        return self.stored.columns()
+
+    def missing(self) -> list[tuple[int, int]]:
+        return self.stored.missing()
+
+    def require_complete(self) -> None:
+        self.stored.require_complete()
+
+    def rows(self, checkpoint: int, start: int, stop: int) -> Tensor:
+        return torch.cat(
+            [self.stored.rows(checkpoint, *span)[pick] for span, pick in self._spans(start, stop)]
+        )
+
+    def embedding(self, checkpoint: int, start: int, stop: int) -> Tensor:
+        spans = self._spans(start, stop)
+        return torch.cat([self.stored.embedding(checkpoint, *span)[pick] for span, pick in spans])
+
+    def gather(self, checkpoint: int, indices: Any) -> Tensor:
+        return self.stored.gather(checkpoint, self._stored(indices))
+
+    def column(self, name: str) -> np.ndarray:
+        values = self.stored.column(name)
+        axis = 1 if self.stored.specs[name].axes[0] == CHECKPOINT else 0
+        left = np.take(values, self.kept, axis)
+        return left * np.float32(self.share) if name in _SHARES and self.share != 1 else left
+
+    def entries(self, name: str, indices: Any) -> np.ndarray:
+        return self.stored.entries(name, self._stored(indices))
+
+    def _stored(self, indices: Any) -> np.ndarray:
+        index = np.asarray(indices, dtype=np.int64).reshape(-1)
+        if len(index) and not (index.min() >= 0 and index.max() < self.num_rows):
+            raise IndexError(f"example {index.min()} … {index.max()} of {self.num_rows}")
+        return self.kept[index]
+
+    def _spans(self, start: int, stop: int) -> list[tuple[tuple[int, int], Any]]:
+        """Stretches of the stored table, and which of their rows are left.
+
+        A hole wider than a chunk is not read, so that no stretch is much longer than what it holds.
+        """
+        if not 0 <= start <= stop <= self.num_rows:
+            raise IndexError(f"examples {start}:{stop} of {self.num_rows}")
+        wanted = self.kept[start:stop]
+        if not len(wanted):
+            return [((0, 0), slice(None))]
+        found = []
+        for piece in np.split(wanted, np.flatnonzero(np.diff(wanted) > self.chunk_rows) + 1):
+            first, last = int(piece[0]), int(piece[-1]) + 1
+            whole = last - first == len(piece)
+            found.append(((first, last), slice(None) if whole else torch.from_numpy(piece - first)))
+        return found
