@@ -7,14 +7,15 @@ INSTALLED := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test slow lint check format clean
+.PHONY: help install demo test browser slow lint check format clean
 
 help:
 	@echo 'make demo     train, index, ask, and write stores/demo/report.html (under two minutes)'
 	@echo 'make test     the default test suite'
+	@echo 'make browser  the tests in a real browser; as root on Debian, Chromium is installed'
 	@echo 'make slow     the long tests: kills at random moments, fetched data'
 	@echo 'make lint     format, lint and types'
-	@echo 'make check    what CI runs: lint, then test'
+	@echo 'make check    what CI runs: lint, test, browser'
 	@echo 'make format   rewrite the sources in the project format'
 	@echo 'make install  only the set-up: .venv with the pinned dependencies'
 	@echo 'make clean    remove .venv and the caches'
@@ -34,6 +35,9 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(PYTEST) -n 2
 
+browser: $(INSTALLED)
+	@chromium=$$(.ci/chromium) && CHROMIUM=$$chromium $(PYTEST) -n 2 -m browser
+
 slow: $(INSTALLED)
 	$(PYTEST) -n 2 -m "slow or realdata"
 
@@ -42,7 +46,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-check: lint test
+check: lint test browser
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .

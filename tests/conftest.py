@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -111,3 +112,42 @@ def indexed(index_exactly: Callable[..., Run]) -> Callable[[str], Indexed]:
         )
 
     return get
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Chromium, headless. Whoever asks for it (`-m browser`) fails without it, and never skips."""
+    from playwright.sync_api import sync_playwright
+
+    chromium = os.environ.get("CHROMIUM") or shutil.which("chromium")
+    assert chromium, "no Chromium: make browser installs it, or set CHROMIUM=/path/to/it"
+    # No traffic of its own, and no sandbox within a container's root.
+    quiet = ["no-sandbox", "disable-gpu", "disable-quic", "disable-background-networking",
+             "disable-component-update", "disable-sync", "no-first-run"]  # fmt: skip
+    with sync_playwright() as started:
+        opened = started.chromium.launch(
+            executable_path=chromium, args=[f"--{name}" for name in quiet]
+        )
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def page(browser: Any) -> Iterator[Any]:
+    """A page that fails its test when a script fails or the policy is broken."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    page = context.new_page()
+    wrong: list[str] = []
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("dialog", lambda dialog: (wrong.append(f"dialog {dialog.message}"), dialog.dismiss()))
+    page.on(
+        "console",
+        lambda message: (
+            wrong.append(message.text)
+            if message.type == "error" and "responded with a status of" not in message.text
+            else None
+        ),
+    )
+    yield page
+    context.close()
+    assert wrong == []

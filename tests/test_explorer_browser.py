@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,20 +19,6 @@ from tda.config import load_config
 from tda.explorer import Access, Explorer, create_app
 
 pytestmark = pytest.mark.browser
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as started:
-        options = {"args": ["--no-sandbox", "--disable-gpu", "--disable-quic"]}
-        if CHROMIUM:
-            options["executable_path"] = CHROMIUM
-        opened = started.chromium.launch(**options)
-        yield opened
-        opened.close()
-
 
 Serve = Callable[..., str]
 
@@ -74,27 +58,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 @pytest.fixture(scope="module")
 def address(served: Serve, made: Made) -> str:
     return served(made)
-
-
-@pytest.fixture
-def page(browser: Any) -> Iterator[Any]:
-    """A page that fails its test when a script fails or the policy is broken."""
-    context = browser.new_context(viewport={"width": 1280, "height": 900})
-    page = context.new_page()
-    wrong: list[str] = []
-    page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on("dialog", lambda dialog: (wrong.append(f"dialog {dialog.message}"), dialog.dismiss()))
-    page.on(
-        "console",
-        lambda message: (
-            wrong.append(message.text)
-            if message.type == "error" and "responded with a status of" not in message.text
-            else None
-        ),
-    )
-    yield page
-    context.close()
-    assert wrong == []
 
 
 def first_ids(page: Any, side: str = "proponents") -> list[str]:
