@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from tda.run import Run, index, open
     from tda.scorer.ranking import Ranking, TopK
     from tda.task import Checkpoint, Task
+    from tda.training.recorder import Recorder, recorded
     from tda.unprojected.streaming import attribute
 
 __version__ = "0.1.0"
@@ -57,6 +58,8 @@ _HOMES = {
     "TopK": "tda.scorer.ranking",
     "Ranking": "tda.scorer.ranking",
     "Training": "tda.replay",
+    "Recorder": "tda.training.recorder",
+    "recorded": "tda.training.recorder",
     "TdaError": "tda.errors",
     "TaskError": "tda.errors",
     "DataError": "tda.errors",
@@ -70,14 +73,14 @@ _HOMES = {
 __all__ = [
     "Task", "Checkpoint", "Measurement", "MEASUREMENTS", "Projection",
     "index", "open", "Run", "attribute", "fit_ekfac", "EkFac",
-    "Recipe", "RECIPES", "TopK", "Ranking", "Training",
+    "Recipe", "RECIPES", "TopK", "Ranking", "Training", "Recorder", "recorded",
     "TdaError", "TaskError", "DataError", "GradientError", "StoreError", "MismatchError",
     "RecipeError", "ConfigError",
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("evaluate", "valuation"):  # packages of their own
+    if name in ("evaluate", "integrations", "valuation"):  # packages of their own
         return import_module(f"tda.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'tda' has no attribute {name!r}")
