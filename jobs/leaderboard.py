@@ -38,7 +38,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from tda.config import load_code
+from tda.code import load_code
 from tda.evaluate import GroundTruth, lds, lds_of_queries, noise_ceiling
 
 HERE = Path(__file__).resolve().parent

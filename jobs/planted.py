@@ -48,7 +48,7 @@ from torch import nn
 
 import tda
 from tda import valuation
-from tda.config import load_code
+from tda.code import load_code
 from tda.evaluate import found_at, mislabel_auc
 from tda.report import write_report
 from tda.report.counterfactual import retrain

@@ -18,17 +18,12 @@ run's path when it has a parameter ``run_path`` (to keep its checkpoints with th
 
 from __future__ import annotations
 
-import difflib
 import functools
-import importlib
-import importlib.util
 import inspect
 import re
-import sys
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -41,18 +36,14 @@ from pydantic import (
     ValidationError,
 )
 
+from tda.code import CODE, accepted, did_you_mean, load_code
 from tda.errors import ConfigError
-
-_CODE = (
-    "module:function, or file.py:function with the file relative to the configuration's folder "
-    "or to the current directory"
-)
 
 
 def _code(value: str) -> str:
     module, _, function = value.rpartition(":")
     if not module or not function.isidentifier():
-        raise ValueError(f"wanted code as {_CODE}")
+        raise ValueError(f"wanted code as {CODE}")
     return value
 
 
@@ -192,7 +183,7 @@ class Config(_Section):
                 where="[workload] queries",
                 found=name,
                 wanted=", ".join(known) or "none is named in the configuration",
-                do=_did_you_mean(name, known),
+                do=did_you_mean(name, known),
             )
         return self._build(self.workload.queries[name])
 
@@ -202,7 +193,7 @@ class Config(_Section):
             raise ConfigError(
                 "the configuration does not say how to train again",
                 where="[evaluate] train",
-                wanted=f"a function (subset, seed) -> model, as {_CODE}",
+                wanted=f"a function (subset, seed) -> model, as {CODE}",
             )
         function, options = self._function(self.evaluate.train)
         return functools.partial(function, **options) if options else function
@@ -222,7 +213,7 @@ class Config(_Section):
         self._check_options()
         function = load_code(reference, self.folder)
         options = {"run_path": self.run.path, **self.workload.options}
-        return function, _accepted(function, options)
+        return function, accepted(function, options)
 
     @property
     def code(self) -> list[str]:
@@ -236,7 +227,7 @@ class Config(_Section):
             return
         options = self.workload.options
         functions = [load_code(reference, self.folder) for reference in self.code]
-        taken = {name for f in functions for name in _accepted(f, options)}
+        taken = {name for f in functions for name in accepted(f, options)}
         for name in options:
             if name not in taken:
                 known = sorted({p for f in functions for p in inspect.signature(f).parameters})
@@ -244,7 +235,7 @@ class Config(_Section):
                     f"no function of this workload takes the option {name!r}",
                     where=f"[workload] options.{name}",
                     wanted=", ".join(known) or "no option: the functions take no arguments",
-                    do=_did_you_mean(name, known),
+                    do=did_you_mean(name, known),
                 )
 
 
@@ -270,74 +261,6 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         return Config.model_validate({**data, "folder": file.resolve().parent})
     except ValidationError as error:
         raise _explain(error, file, text, overridden) from error
-
-
-def load_code(reference: str, folder: Path) -> Callable[..., Any]:
-    """The function named by ``module:function`` or ``file.py:function`` (this runs its module)."""
-    module_name, _, name = reference.rpartition(":")
-    if module_name.endswith(".py"):
-        module = _load_file(module_name, reference, folder)
-    else:
-        module = _load_module(module_name, reference, folder)
-    function = getattr(module, name, None)
-    if not callable(function):
-        known = [key for key, value in vars(module).items() if inspect.isfunction(value)]
-        raise ConfigError(
-            f"{module_name} has no function {name!r}",
-            where=reference,
-            wanted=", ".join(key for key in known if not key.startswith("_")) or None,
-            do=_did_you_mean(name, known),
-        )
-    return function
-
-
-def _load_file(module_name: str, reference: str, folder: Path) -> ModuleType:
-    candidates = [folder / module_name, Path.cwd() / module_name]
-    file = next((c.resolve() for c in candidates if c.is_file()), None)
-    if file is None:
-        raise ConfigError(
-            f"there is no file {module_name}",
-            where=reference,
-            found="neither " + " nor ".join(str(c) for c in candidates),
-            wanted=_CODE,
-        )
-    # One module object a file, so that task, train and queries of one job share what they loaded.
-    key = f"tda._workload.{file}"
-    if key in sys.modules:
-        return sys.modules[key]
-    spec = importlib.util.spec_from_file_location(key, file)
-    assert spec is not None and spec.loader is not None, file
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[key] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[key]
-        raise
-    return module
-
-
-def _load_module(module_name: str, reference: str, folder: Path) -> ModuleType:
-    # Appended, so that a file that happens to lie here never stands in for an installed package.
-    sys.path.extend(p for p in (str(folder), str(Path.cwd())) if p not in sys.path)
-    try:
-        return importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not module_name.startswith(error.name):
-            raise  # the module is there; something that it imports is not
-        raise ConfigError(
-            f"there is no module {module_name!r}",
-            where=reference,
-            wanted=_CODE,
-            do="install the module, or name its file: path/to/file.py:function",
-        ) from error
-
-
-def _accepted(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    parameters = inspect.signature(function).parameters
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        return dict(options)
-    return {name: value for name, value in options.items() if name in parameters}
 
 
 def _override(data: dict[str, Any], override: str) -> tuple[str, ...]:
@@ -396,13 +319,8 @@ def _unknown_key(where: object, text: str, location: tuple[str, ...]) -> ConfigE
         where=where,
         found=key,
         wanted=", ".join(known),
-        do=_did_you_mean(key, known),
+        do=did_you_mean(key, known),
     )
-
-
-def _did_you_mean(found: str, known: Sequence[str]) -> str | None:
-    close = difflib.get_close_matches(found, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else None
 
 
 def _place(file: Path, text: str, location: tuple[str, ...]) -> str:

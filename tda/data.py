@@ -116,6 +116,28 @@ def as_dataset(data: Any) -> Dataset:
     return dataset
 
 
+class Picked:
+    """Some examples of a data set, any of them several times."""
+
+    def __init__(self, dataset: Dataset, places: np.ndarray) -> None:
+        self.dataset, self.places = dataset, places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, row: int) -> Any:
+        return read(self.dataset, int(self.places[row]))
+
+
+def part(dataset: Dataset, start: int, stop: int) -> Dataset:
+    """Examples ``start:stop``."""
+    if isinstance(dataset, _Arrays):
+        return _Arrays([array[start:stop] for array in dataset.arrays])
+    if isinstance(dataset, _Rows):
+        return _Rows({name: array[start:stop] for name, array in dataset.arrays.items()})
+    return Picked(dataset, np.arange(start, stop))
+
+
 def _same_length(arrays: Mapping[Any, Any]) -> None:
     lengths = {name: len(array) for name, array in arrays.items()}
     if len(set(lengths.values())) > 1:

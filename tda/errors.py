@@ -64,3 +64,7 @@ class RecipeError(TdaError):
 
 class ConfigError(TdaError):
     """A configuration file is not valid."""
+
+
+class ClusterError(TdaError):
+    """A cluster cannot be had, or work does not reach it or come back."""

@@ -6,10 +6,9 @@ process killed at any moment loses the chunk it was at and nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from tda.errors import GradientError
 from tda.gradients import Audit, Consume, Dense, Factor, Gradients, shapes_of
 from tda.gradients.rules import InseparableError
 from tda.measurements import Link
+from tda.progress import Tick, progress_bar
 from tda.projection import Bases, Pilot, Projection, Projector, rank_one
 from tda.projection.tiles import square_norm
 from tda.store import Table
@@ -29,7 +29,8 @@ from tda.training.metric import Transform, Update, as_matrices, scaling
 from tda.training.optimizer import Moments
 
 _PILOT_EXAMPLES = 64
-Tick = Callable[[int], None]
+Compute = Callable[[Batch, int, int], "Features"]
+Filler = Callable[[tuple[int, int], Tick], None]  # computes and writes chunk (checkpoint, number)
 
 
 @dataclass(frozen=True)
@@ -219,45 +220,52 @@ class Featurizer:
         return Update(self._moments, slope.float().to(self.gradients.device))
 
 
+def filler(featurizer: Featurizer, table: Table, dataset: Dataset, batch_size: int) -> Filler:
+    """What computes and writes one chunk of a table of these examples."""
+    return partial(fill, featurizer, table, dataset, batch_size)
+
+
 def fill(
     featurizer: Featurizer,
     table: Table,
     dataset: Dataset,
     batch_size: int,
+    place: tuple[int, int],
     tick: Tick,
-    compute: Callable[[Batch, int, int], Features] | None = None,
+    compute: Compute | None = None,
 ) -> None:
-    """Compute and write every missing chunk of a table. ``tick(examples)`` a batch.
+    """Compute and write one chunk of a table, ``place`` = (checkpoint, chunk). ``tick(examples)``
+    a batch.
 
     compute: ``(batch, first, last) -> Features`` of rows first:last, if not plainly the featurizer.
     Batches start at a chunk's first row, so a chunk's bytes do not depend on what was done before.
     Raises GradientError naming the example whose loss or gradient is not finite.
     """
-    for checkpoint, chunk in sorted(table.missing()):
-        featurizer.at(checkpoint)
-        start, stop = table.chunk_range(chunk)
-        parts = []
-        for first, batch in batches(dataset, start, stop, batch_size, featurizer.task.collate):
-            last = min(first + batch_size, stop)
-            try:
-                if compute is None:
-                    features = featurizer(batch, last - first, train=table.name == "train")
-                else:
-                    features = compute(batch, first, last)
-            except InseparableError as error:
-                raise GradientError(
-                    "a batch cannot be separated by example, though the first one could",
-                    where=f"examples {first}–{last - 1}",
-                    found=error,
-                    do="make the examples alike in shape, or index these on their own",
-                ) from error
-            _check_finite(features, table, first, checkpoint)
-            parts.append(features.with_embedding(table.hidden or 0))
-            tick(last - first)
-        done = Features.concatenate(parts)
-        columns = {name: values.numpy() for name, values in done.columns.items()}
-        embedding = done.embedding.numpy() if table.hidden else None
-        table.write(checkpoint, chunk, done.rows.numpy(), columns, embedding)
+    checkpoint, chunk = place
+    featurizer.at(checkpoint)
+    start, stop = table.chunk_range(chunk)
+    parts = []
+    for first, batch in batches(dataset, start, stop, batch_size, featurizer.task.collate):
+        last = min(first + batch_size, stop)
+        try:
+            if compute is None:
+                features = featurizer(batch, last - first, train=table.name == "train")
+            else:
+                features = compute(batch, first, last)
+        except InseparableError as error:
+            raise GradientError(
+                "a batch cannot be separated by example, though the first one could",
+                where=f"examples {first}–{last - 1}",
+                found=error,
+                do="make the examples alike in shape, or index these on their own",
+            ) from error
+        _check_finite(features, table, first, checkpoint)
+        parts.append(features.with_embedding(table.hidden or 0))
+        tick(last - first)
+    done = Features.concatenate(parts)
+    columns = {name: values.numpy() for name, values in done.columns.items()}
+    embedding = done.embedding.numpy() if table.hidden else None
+    table.write(checkpoint, chunk, done.rows.numpy(), columns, embedding)
 
 
 def _check_finite(features: Features, table: Table, first: int, checkpoint: int) -> None:
@@ -277,30 +285,3 @@ def _check_finite(features: Features, table: Table, first: int, checkpoint: int)
         do="mend or leave out the example, or check the checkpoint; finished chunks are kept and "
         "the same call resumes",
     )
-
-
-@contextmanager
-def progress_bar(description: str, total: int, show: bool) -> Iterator[Tick]:
-    """A bar on the terminal's error stream that counts examples."""
-    if not show or total == 0:
-        yield lambda count: None
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("examples"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        job = progress.add_task(description, total=total)
-        yield lambda count: progress.advance(job, count)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,11 +17,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from tda import __version__
-from tda.curvature.table import check_measurement, fill_curvature, plan_curvature
+from tda.cluster import Cluster, working
+from tda.curvature.table import check_measurement, curvature_filler, plan_curvature
 from tda.data import Dataset, Examples, as_dataset, describe
 from tda.errors import ConfigError, MismatchError, StoreError, TaskError
-from tda.featurizer import Featurizer, Tick, fill, progress_bar
+from tda.featurizer import Featurizer, filler
+from tda.filling import Filling, Prepare
 from tda.gradients import shapes_of
+from tda.progress import progress_bar
 from tda.projection import Bases, Projection, bases_from_bytes, bases_to_bytes
 from tda.recipe import Recipe
 from tda.recipes.auto import recipe_for
@@ -56,13 +59,15 @@ def index(
     batch_size: int = BATCH_SIZE,
     chunk_rows: int | None = None,
     gauss_newton: bool = False,
+    workers: int | str | Cluster | None = None,
     progress: bool = True,
 ) -> Run:
     """Featurize a training set at every checkpoint of a task into the store at ``path``.
 
     dataset: map-style, or arrays (see `tda.data`). projection: a kind (``proj_dim`` and ``seed``
     go with it) or a `Projection`. dtype: of the stored rows. chunk_rows: rows written at once, by
-    default 8 MiB. gauss_newton: also `Run.add_curvature`, for recipe "influence_gn".
+    default 8 MiB. gauss_newton: also `Run.add_curvature`, for recipe "influence_gn". workers: so
+    many processes, the address of a Dask scheduler, or a `Cluster`; the store is the same.
 
     The same call resumes an interrupted run, and does nothing where it is complete. With more
     examples at the end of the data, or more checkpoints at the end of the list, it computes those.
@@ -81,16 +86,19 @@ def index(
     if gauss_newton:
         check_measurement(task.measurement)
     path, data = Path(path), as_dataset(dataset)
-    with progress_bar("reading the data", len(data), progress) as tick:
-        examples = describe(data, tick)
-    with sole_writer(path):
-        run = _open_or_create(task, data, path, projection, dtype, chunk_rows, batch_size, progress)
-        table = run._plan("train", examples, data)
-        if progress and run._ready().audit is not None:
-            print(run._ready().audit, file=sys.stderr)
-        run._fill(fill, table, data, batch_size, progress, "indexing")
-    if gauss_newton:
-        run.add_curvature(data, batch_size=batch_size, progress=progress)
+    with working(workers, progress):
+        with progress_bar("reading the data", len(data), progress) as tick:
+            examples = describe(data, tick)
+        with sole_writer(path):
+            run = _open_or_create(
+                task, data, path, projection, dtype, chunk_rows, batch_size, progress
+            )
+            table = run._plan("train", examples, data)
+            if progress and run.featurizer().audit is not None:
+                print(run.featurizer().audit, file=sys.stderr)
+            run._fill(filler, table, data, batch_size, progress, "indexing")
+        if gauss_newton:
+            run.add_curvature(data, batch_size=batch_size, progress=progress)
     return run
 
 
@@ -206,6 +214,9 @@ class Run:
         self.task = task
         self._featurizer: Featurizer | None = None
 
+    def __reduce__(self) -> tuple:
+        return Run, (self.store, self.task)  # a worker makes its own featurizer
+
     def __repr__(self) -> str:
         return f"Run({str(self.store.path)!r})"
 
@@ -258,7 +269,7 @@ class Run:
         name = name or f"q-{examples.digest()[:16]}"
         with sole_writer(self.path):
             table = self._plan(f"queries/{name}", examples, data)
-            self._fill(fill, table, data, batch_size, progress, f"queries {name}")
+            self._fill(filler, table, data, batch_size, progress, f"queries {name}")
         return name
 
     def add_curvature(
@@ -277,12 +288,12 @@ class Run:
         Raises TaskError where the measurement has no such matrix, or "influence" has it exactly;
         MismatchError if these are not the training examples.
         """
-        data, featurizer = as_dataset(dataset), self._ready()
+        data, featurizer = as_dataset(dataset), self.featurizer()
         total = len(data) * self.store.table("train").num_checkpoints
         with sole_writer(self.path):
             with progress_bar("choosing curvature rows", total, progress) as tick:
                 table = plan_curvature(self.store, featurizer, data, num_rows, batch_size, tick)
-            self._fill(fill_curvature, table, data, batch_size, progress, "curvature")
+            self._fill(curvature_filler, table, data, batch_size, progress, "curvature")
 
     def scores(self, queries: Any, recipe: str | Recipe = "trak") -> da.Array:
         """Every score, ``[query, train]`` float32; > 0 where training on the example helps.
@@ -356,7 +367,7 @@ class Run:
         name = self._name(queries)
         return scorer.prepare(self.store, chosen, self.store.table(f"queries/{name}"))
 
-    def _ready(self) -> Featurizer:
+    def featurizer(self) -> Featurizer:
         """The featurizer of this run's task, with this run's projection."""
         if self.task is None:
             raise TaskError(
@@ -382,22 +393,16 @@ class Run:
             train = self.store.table("train")
         except StoreError:  # nothing is planned yet
             train = None
-        hidden = self._ready().probe(data).hidden if train is None else train.hidden
+        hidden = self.featurizer().probe(data).hidden if train is None else train.hidden
         return self.store.plan(name, examples, hidden)
 
     def _fill(
         self,
-        how: Callable[[Featurizer, Table, Dataset, int, Tick], None],
+        how: Prepare,
         table: Table,
         data: Dataset,
         batch_size: int,
         progress: bool,
         what: str,
     ) -> None:
-        missing = table.missing()
-        if not missing:
-            return
-        spans = [table.chunk_range(chunk) for _, chunk in missing]
-        total = sum(stop - start for start, stop in spans)
-        with progress_bar(what, total, progress) as tick:
-            how(self._ready(), table, data, batch_size, tick)
+        Filling(self, table.name, how, data, batch_size).finish(what, progress)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tda.config import Config, load_code, load_config
+from tda.code import load_code
+from tda.config import Config, load_config
 from tda.errors import ConfigError
 
 SMALLEST = """\

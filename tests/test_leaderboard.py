@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tda.config import load_code
+from tda.code import load_code
 from tda.evaluate import GroundTruth, lds
 
 ROOT = Path(__file__).parents[1]
@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 import torch
 import tda
-from tda.config import load_code
+from tda.code import load_code
 
 NAME = "digits_mlp"
 TRUTH = {{"num_halves": 4, "num_seeds": 2, "num_removals": 4, "removed": 0.05}}

@@ -190,7 +190,7 @@ def test_measured_is_what_retraining_by_hand_gives(config, summary):
     """mean_q ℓ(q; without the proposed) − ℓ(q; all), the same function called directly."""
     import torch
 
-    from tda.config import load_code
+    from tda.code import load_code
 
     train = load_code("job.py:train", config.parent)
     job = train.__globals__

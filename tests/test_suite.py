@@ -15,7 +15,8 @@ import pytest
 import torch
 
 import tda
-from tda.config import load_code, load_config
+from tda.code import load_code
+from tda.config import load_config
 
 ROOT = Path(__file__).parents[1]
 SUITE = ROOT / "jobs" / "suite"

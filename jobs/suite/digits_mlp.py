@@ -20,7 +20,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 import tda
-from tda.config import load_code
+from tda.code import load_code
 
 HERE = Path(__file__).parent
 NAME = "digits_mlp"

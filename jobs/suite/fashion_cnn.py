@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import tda
-from tda.config import load_code
+from tda.code import load_code
 
 HERE = Path(__file__).parent
 NAME = "fashion_cnn"

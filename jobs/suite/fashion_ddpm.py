@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tda
-from tda.config import load_code
+from tda.code import load_code
 from tda.data import Batch
 
 HERE = Path(__file__).parent

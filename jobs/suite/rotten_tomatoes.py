@@ -27,7 +27,7 @@ from safetensors.torch import load as load_tensors
 from torch import Tensor
 
 import tda
-from tda.config import load_code
+from tda.code import load_code
 
 HERE = Path(__file__).parent
 NAME = "rotten_tomatoes"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from tda.cli import tables
 from tda.cli.workload import open_config
-from tda.config import load_code
+from tda.code import load_code
 from tda.evaluate import Comparison, Design, compare, ground_truth
 from tda.evaluate.comparison import Row
 from tda.recipes import RECIPES, get_recipe

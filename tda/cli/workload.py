@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import typer
 
 import tda
-from tda.config import Config, QuerySection, ValueSection, load_code, load_config
+from tda.code import load_code
+from tda.config import Config, QuerySection, ValueSection, load_config
 from tda.errors import ConfigError, StoreError
 
 if TYPE_CHECKING:

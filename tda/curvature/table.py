@@ -22,15 +22,15 @@ from __future__ import annotations
 import hashlib
 import shutil
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tda.data import Batch, Dataset, Examples, batches, describe, read
+from tda.data import Batch, Dataset, Examples, Picked, batches, describe
 from tda.errors import MismatchError, StoreError, TaskError
-from tda.featurizer import Features, Featurizer, Tick, fill
+from tda.featurizer import Features, Featurizer, Filler, fill
 from tda.gradients.exact import example_of
 from tda.measurements import (
     Measurement,
@@ -41,6 +41,7 @@ from tda.measurements import (
     target,
     with_target,
 )
+from tda.progress import Tick
 from tda.store import Store, Table
 from tda.store.manifest import CURVATURE, TRAIN
 from tda.store.marks import STATIC, remove_mark
@@ -241,7 +242,7 @@ def _remove(store: Store) -> None:
 def _describe(sample: Sample, train: Table, dataset: Dataset) -> Examples:
     """The rows as a table knows them. Raises MismatchError if the data are not the training set."""
     unique, where = np.unique(sample.example, return_inverse=True)
-    digests = describe(_Picked(dataset, unique)).digests
+    digests = describe(Picked(dataset, unique)).digests
     different = (digests != train.column("digest")[unique]).any(axis=1)
     if different.any():
         raise _other_data(train, f"another content at row {unique[np.argmax(different)]}")
@@ -262,25 +263,12 @@ def _other_data(train: Table, found: str) -> MismatchError:
     )
 
 
-class _Picked:
-    """Some examples of a data set, any of them several times."""
-
-    def __init__(self, dataset: Dataset, places: np.ndarray) -> None:
-        self.dataset, self.places = dataset, places
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, row: int) -> Any:
-        return read(self.dataset, int(self.places[row]))
-
-
-def fill_curvature(
-    featurizer: Featurizer, table: Table, dataset: Dataset, batch_size: int, tick: Tick
-) -> None:
-    """Compute and write every missing chunk, as `fill` does; the rows' labels are put in."""
-    measurement = featurizer.task.measurement
-    sample = _sample_of(table, Table(table.path, TRAIN))
+def curvature_filler(
+    featurizer: Featurizer, table: Table, dataset: Dataset, batch_size: int
+) -> Filler:
+    """As `filler`; the rows' labels are put in. Raises MismatchError for another training set."""
+    measurement, train = featurizer.task.measurement, Table(table.path, TRAIN)
+    sample = _sample_of(table, train)
     labels, weight = torch.from_numpy(sample.label), torch.from_numpy(sample.weight)
     ids = table.column("id")
 
@@ -300,7 +288,8 @@ def fill_curvature(
             h *= measurement.draw_weight(batch)
         return replace(features, columns={**columns, "curvature": h})
 
-    fill(featurizer, table, _Picked(dataset, sample.example), batch_size, tick, compute)
+    picked = Picked(dataset, sample.example)
+    return partial(fill, featurizer, table, picked, batch_size, compute=compute)
 
 
 def _drawn(featurizer: Featurizer, batch: Batch, ids: np.ndarray) -> Batch:

@@ -16,8 +16,8 @@ from torch.utils import _pytree as pytree
 
 from tda.data import Batch, as_dataset, batches
 from tda.errors import ConfigError, DataError, TaskError
-from tda.featurizer import progress_bar
 from tda.measurements import Measurement, as_measurement
+from tda.progress import progress_bar
 from tda.recipe import Gradient
 from tda.replay.network import Loss, Network
 from tda.replay.rules import Adam, Rule, Sgd, State

@@ -1,7 +1,9 @@
 """Bytes on disk: written whole or not at all, flushed before anything relies on them, checksummed.
 
 A file that is being written is called ``<name>.tmp``; the name is fixed, so that a writer that
-was killed leaves nothing that its successor does not overwrite.
+was killed leaves nothing that its successor does not overwrite. Workers of a cluster, of which two
+may write the same chunk, have names of their own (`write_apart`), and whoever gave out the work
+removes what they left.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import errno
 import json
 import mmap
 import os
+import socket
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,6 +24,7 @@ import numpy as np
 from tda.errors import StoreError
 
 TMP = ".tmp"
+_own = ""  # what tells this process's unfinished files from those of others
 TRAILER = 4  # bytes of the crc32c that ends every chunk file (Zarr's codec "crc32c")
 
 Parts: TypeAlias = tuple[bytes | memoryview, ...]
@@ -72,6 +76,23 @@ def disk(path: Path, doing: str) -> Iterator[None]:
         raise StoreError(what, where=path, found=error.strerror or error, do=do) from error
 
 
+def write_apart() -> None:
+    """From here on others may be writing the files that this process writes, to the same bytes."""
+    global _own
+    _own = f".{socket.gethostname()}-{os.getpid()}"
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(f"{path.name}{_own}{TMP}")
+
+
+def remove_unfinished(folder: Path) -> None:
+    """What killed writers left anywhere in a folder. Raises StoreError."""
+    with disk(folder, "delete"):
+        for left in folder.rglob(f"*{TMP}"):
+            left.unlink(missing_ok=True)
+
+
 def write_files(folder: Path, files: Iterable[tuple[str, Parts | None]]) -> None:
     """Make each file ``folder / key`` hold its parts, one after the other; durable on return.
 
@@ -91,7 +112,7 @@ def write_files(folder: Path, files: Iterable[tuple[str, Parts | None]]) -> None
                 continue
             with disk(path, "write"):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                written[path] = path.with_name(path.name + TMP)
+                written[path] = _unfinished(path)
                 _write(written[path], parts)
         with disk(path, "write"):
             for name in (*written.values(), *kept):
@@ -99,7 +120,7 @@ def write_files(folder: Path, files: Iterable[tuple[str, Parts | None]]) -> None
             for final, tmp in written.items():
                 tmp.replace(final)
             for final in kept:
-                final.with_name(final.name + TMP).unlink(missing_ok=True)
+                _unfinished(final).unlink(missing_ok=True)
             for name in _folders(top, (*written, *kept)):
                 _flush(name)
     except StoreError:

@@ -17,7 +17,7 @@ from torch import Tensor
 from tda.errors import StoreError
 from tda.store.arrays import ArraySpec
 from tda.store.encoding import decode_rows, decode_strings
-from tda.store.files import TRAILER, disk, map_file
+from tda.store.files import TRAILER, disk, map_file, remove_unfinished
 from tda.store.incoming import encode_chunk
 from tda.store.manifest import config_hash, cure, read_manifest, redo, rows_depend_on
 from tda.store.marks import (
@@ -126,7 +126,7 @@ class Table:
     def missing(self) -> list[tuple[int, int]]:
         """(checkpoint, chunk) of all that is unfinished: no valid mark, or a file of other size."""
         everything = ((c, i) for c in range(self.num_checkpoints) for i in range(self.num_chunks))
-        return [place for place in everything if not self._is_finished(*place)]
+        return [place for place in everything if not self.is_finished(*place)]
 
     def require_complete(self) -> None:
         """Raises StoreError, with what finishes it, unless every chunk is finished."""
@@ -137,7 +137,8 @@ class Table:
                 self.folder,
             )
 
-    def _is_finished(self, checkpoint: int, chunk: int) -> bool:
+    def is_finished(self, checkpoint: int, chunk: int) -> bool:
+        """Whether a chunk has a valid mark and its files have their sizes."""
         mark = self.mark(checkpoint, chunk)
         return mark is not None and all(
             has_size(self.folder, key, entry) for key, entry in mark.files.items()
@@ -201,6 +202,10 @@ class Table:
         )
         config = self._config(checkpoint, chunk)
         write_mark(self.folder, mark, Mark(self.chunk_range(chunk), config, files))
+
+    def sweep(self) -> None:
+        """Remove what killed writers left unfinished; when no writer is at work."""
+        remove_unfinished(self.folder)
 
     # ---- reading
 

@@ -24,10 +24,10 @@ from tda.curvature.gauss_newton import GaussNewton
 from tda.curvature.kfac import BATCH_SIZE, EkFac
 from tda.data import Dataset, as_dataset, batches
 from tda.errors import GradientError, RecipeError, TaskError
-from tda.featurizer import Tick, progress_bar
 from tda.gradients import Factor, Gradients, Lookup, shapes_of
 from tda.gradients.factors import materialise
 from tda.measurements import Link
+from tda.progress import Tick, progress_bar
 from tda.projection.sketches import rank_one
 from tda.projection.tiles import tiles
 from tda.recipe import Recipe

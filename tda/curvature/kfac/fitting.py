@@ -10,8 +10,8 @@ import torch
 from tda.curvature.kfac.sums import Block, Corrections, EkFac, Moments
 from tda.curvature.kfac.targets import Rows, weighted
 from tda.data import Dataset, as_dataset
-from tda.featurizer import Tick, progress_bar
 from tda.gradients import Gradients, shapes_of
+from tda.progress import Tick, progress_bar
 from tda.projection.tiles import Shapes
 from tda.task import Task
 
