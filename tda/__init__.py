@@ -15,8 +15,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tda.cluster import Cluster
     from tda.curvature.kfac import EkFac, fit_ekfac
     from tda.errors import (
+        ClusterError,
         ConfigError,
         DataError,
         GradientError,
@@ -53,6 +55,7 @@ _HOMES = {
     "attribute": "tda.unprojected.streaming",
     "fit_ekfac": "tda.curvature.kfac",
     "EkFac": "tda.curvature.kfac",
+    "Cluster": "tda.cluster",
     "Recipe": "tda.recipe",
     "RECIPES": "tda.recipes",
     "TopK": "tda.scorer.ranking",
@@ -68,14 +71,15 @@ _HOMES = {
     "MismatchError": "tda.errors",
     "RecipeError": "tda.errors",
     "ConfigError": "tda.errors",
+    "ClusterError": "tda.errors",
 }
 
 __all__ = [
     "Task", "Checkpoint", "Measurement", "MEASUREMENTS", "Projection",
-    "index", "open", "Run", "attribute", "fit_ekfac", "EkFac",
+    "index", "open", "Run", "Cluster", "attribute", "fit_ekfac", "EkFac",
     "Recipe", "RECIPES", "TopK", "Ranking", "Training", "Recorder", "recorded",
     "TdaError", "TaskError", "DataError", "GradientError", "StoreError", "MismatchError",
-    "RecipeError", "ConfigError",
+    "RecipeError", "ConfigError", "ClusterError",
 ]  # fmt: skip
 
 

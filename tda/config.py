@@ -8,6 +8,7 @@
     [evaluate]    train, queries, kind, num_subsets, fraction, seeds, workers
     [value]       runs, bags
     [serve]       example
+    [cluster]     workers, scheduler, kind, threads, options
 
 ``task``, both ``train`` and every entry of ``queries`` name Python code that builds the thing:
 ``module:function`` or ``file.py:function``, a file relative to the configuration's own folder or to
@@ -142,6 +143,21 @@ class ServeSection(_Section):
     example: Code | None = None
 
 
+class ClusterSection(_Section):
+    """Where the work runs (see ``tda.cluster.Cluster``); nothing here: in the command's process.
+
+    ``workers`` processes of this machine, or as many jobs or pods where ``kind`` is "slurm" or
+    "kubernetes" and ``options`` are what dask-jobqueue or dask-kubernetes ask for; or the address
+    or the file of a ``scheduler`` that is there already. ``threads``: of PyTorch in each worker.
+    """
+
+    workers: NonNegativeInt | None = None
+    scheduler: str | None = None
+    kind: Literal["local", "slurm", "kubernetes"] = "local"
+    threads: PositiveInt = 1
+    options: dict[str, Any] = {}
+
+
 class Config(_Section):
     """A validated workload. ``folder`` is where its file lies: code files are looked up there."""
 
@@ -153,6 +169,7 @@ class Config(_Section):
     evaluate: EvaluateSection = EvaluateSection()
     value: ValueSection = ValueSection()
     serve: ServeSection = ServeSection()
+    cluster: ClusterSection = ClusterSection()
     folder: Path = Field(default=Path(), exclude=True)
 
     @property

@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import dask
 import numpy as np
 import pytest
 import torch
@@ -226,14 +225,6 @@ def test_a_damaged_retraining_is_done_again(run, regression):
     retrain(run, regression, design)
     assert len(regression.calls) == 4
     assert digests(folder) == before
-
-
-def test_workers_change_nothing(run, regression):
-    design = Design(num_subsets=6)
-    alone = retrain(run, regression, design)
-    with dask.config.set(scheduler="threads"):
-        together = retrain(run, regression, design, name="together", workers=2)
-    np.testing.assert_array_equal(alone.outputs, together.outputs)
 
 
 @pytest.mark.slow

@@ -6,15 +6,13 @@ Nothing heavy is imported before a command needs it, so that ``tda --help`` is i
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
 import tda
-from tda.errors import TdaError
-
-INTERRUPTED = 130  # the shell's convention for a process ended by Ctrl-C
+from tda.cli.distribution import Scheduler, Workers, working
+from tda.cli.exits import Commands
 
 Target = Annotated[
     str, typer.Argument(metavar="CONFIG|RUN", help="A configuration (.toml) or a run's folder.")
@@ -40,23 +38,6 @@ RecipeName = Annotated[
 ]
 
 
-class Commands(TyperGroup):
-    """Every command ends in an exit code: errors made on purpose are shown without a traceback."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except TdaError as error:
-            typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
-            typer.echo(str(error), err=True)
-            raise typer.Exit(1) from error
-        except KeyboardInterrupt as error:
-            typer.echo(
-                "\ninterrupted. What is finished is kept; the same command resumes.", err=True
-            )
-            raise typer.Exit(INTERRUPTED) from error
-
-
 app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
@@ -64,7 +45,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="markdown",
     add_completion=False,
-    epilog="Exit codes: 0 done, 1 an error or a fault found, 2 wrong usage, 130 interrupted.",
+    epilog="Exit codes: 0 done, 1 an error or a fault found, 2 wrong usage, 75 stopped by SIGTERM "
+    "(run it again), 130 interrupted.",
 )
 
 
@@ -125,18 +107,25 @@ def plan(config: ConfigFile, set_: Overrides = None) -> None:
 
 
 @app.command()
-def index(config: ConfigFile, set_: Overrides = None) -> None:
+def index(
+    config: ConfigFile,
+    workers: Workers = None,
+    scheduler: Scheduler = None,
+    set_: Overrides = None,
+) -> None:
     """Featurize the training set and the queries, and store them.
 
     Every training example's gradient at every checkpoint is projected and written once; recipes
     are chosen later, by `query`, `score` and `report`. Interrupted, the same command resumes; a
     finished run is left as it is; a run made from another model, data set or projection is
-    refused with the field that differs.
+    refused with the field that differs. The store does not depend on where it is computed.
     """
     from tda.cli.workload import index_workload
     from tda.config import load_config
 
-    typer.echo(index_workload(load_config(config, set_ or ())))
+    loaded = load_config(config, set_ or ())
+    with working(loaded, workers, scheduler):
+        typer.echo(index_workload(loaded))
 
 
 @app.command()
@@ -157,6 +146,8 @@ def query(
     approximate: Annotated[
         bool, typer.Option("--approximate", help="FAISS candidates, then exact re-rank.")
     ] = False,
+    workers: Workers = None,
+    scheduler: Scheduler = None,
     set_: Overrides = None,
 ) -> None:
     """The training examples most for and most against each query.
@@ -174,9 +165,10 @@ def query(
     if out is not None:
         answers.check_format(out)
     opened = open_workload(target, set_ or ())
-    name = opened.query_set(queries)
-    chosen, depth = opened.recipe(recipe), k or opened.defaults.k
-    top = opened.run.top_k(name, k=depth, recipe=chosen, approximate=approximate)
+    with working(opened.config, workers, scheduler):
+        name = opened.query_set(queries)
+        chosen, depth = opened.recipe(recipe), k or opened.defaults.k
+        top = opened.run.top_k(name, k=depth, recipe=chosen, approximate=approximate)
     answer = answers.collect(opened.run, name, chosen.name, top, ids or ())
     for table in answer.tables(show):
         tables.show(table)
@@ -196,6 +188,8 @@ def score(
         Path | None,
         typer.Option(metavar="DIR", help="Default: RUN/scores/QUERIES-RECIPE.zarr."),
     ] = None,
+    workers: Workers = None,
+    scheduler: Scheduler = None,
     set_: Overrides = None,
 ) -> None:
     """The full matrix of scores [query, train], written to Zarr.
@@ -207,10 +201,11 @@ def score(
     from tda.cli.workload import open_workload
 
     opened = open_workload(target, set_ or ())
-    name, chosen = opened.query_set(queries), opened.recipe(recipe)
-    where = out or opened.run.path / "scores" / f"{name}-{chosen.name}.zarr"
-    scores = opened.run.scores(name, recipe=chosen)
-    write_scores(scores, where, queries=name, recipe=chosen.name)
+    with working(opened.config, workers, scheduler):
+        name, chosen = opened.query_set(queries), opened.recipe(recipe)
+        where = out or opened.run.path / "scores" / f"{name}-{chosen.name}.zarr"
+        scores = opened.run.scores(name, recipe=chosen)
+        write_scores(scores, where, queries=name, recipe=chosen.name)
     typer.echo(where)
 
 
@@ -224,6 +219,8 @@ def evaluate(
     name: Annotated[
         str | None, typer.Option(metavar="NAME", help="Of the ground truth; default: its kind.")
     ] = None,
+    workers: Workers = None,
+    scheduler: Scheduler = None,
     set_: Overrides = None,
 ) -> None:
     """How well each method foretells what retraining does.
@@ -238,7 +235,9 @@ def evaluate(
     from tda.cli import evaluation, tables
     from tda.config import load_config
 
-    compared = evaluation.evaluate(load_config(config, set_ or ()), recipe or (), name)
+    loaded = load_config(config, set_ or ())
+    with working(loaded, workers, scheduler):
+        compared = evaluation.evaluate(loaded, recipe or (), name)
     tables.show(evaluation.table(compared))
     typer.echo(compared.write())
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tda.cli import tables
-from tda.cli.workload import open_config
-from tda.code import load_code
+from tda.cli.workload import open_config, queries_of
 from tda.evaluate import Comparison, Design, compare, ground_truth
 from tda.evaluate.comparison import Row
 from tda.recipes import RECIPES, get_recipe
@@ -23,8 +20,6 @@ if TYPE_CHECKING:
 
 def evaluate(config: Config, recipes: Sequence[str], name: str | None = None) -> Comparison:
     """The ground truth of ``config``, finished now if it is not, and every recipe's LDS on it."""
-    import dask
-
     chosen = [*(recipes or RECIPES)]
     for recipe in chosen:  # a spelling mistake is found before anything is trained
         if recipe != AUTO:
@@ -33,16 +28,14 @@ def evaluate(config: Config, recipes: Sequence[str], name: str | None = None) ->
     section, design = config.evaluate, design_of(config.evaluate)
     opened = open_config(config)
     queries = opened.query_set(section.queries)
-    loading = functools.partial(load_all, config.code, config.folder)
-    with dask.config.set({"multiprocessing.initializer": loading}):
-        truth = ground_truth(
-            opened.run,
-            train,
-            config.build_queries(queries),
-            design,
-            name=name,
-            workers=section.workers,
-        )
+    truth = ground_truth(
+        opened.run,
+        train,
+        queries_of(config, queries),
+        design,
+        name=name,
+        workers=section.workers,
+    )
     return compare(opened.run, truth, queries, chosen)
 
 
@@ -53,12 +46,6 @@ def design_of(section: EvaluateSection) -> Design:
         fraction=section.fraction,
         seeds=tuple(section.seeds),
     )
-
-
-def load_all(references: Sequence[str], folder: Path) -> None:
-    """Import a configuration's code in a worker: what arrives there is pickled by its name."""
-    for reference in references:
-        load_code(reference, folder)
 
 
 def table(compared: Comparison) -> Table:

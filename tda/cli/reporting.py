@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tda.cli.evaluation import load_all
 from tda.errors import ConfigError
 from tda.report import write_report
 from tda.report.counterfactual import retrain as retrained
@@ -49,12 +47,8 @@ def _retraining(opened: Opened, queries: str) -> Any:
     data = config.build_queries(queries)
 
     def measure(found: ReportData) -> ReportData:
-        import dask
-
-        loading = functools.partial(load_all, config.code, config.folder)
-        with dask.config.set({"multiprocessing.initializer": loading}):
-            return retrained(
-                opened.run, found, train, data, seeds=section.seeds, workers=section.workers
-            )
+        return retrained(
+            opened.run, found, train, data, seeds=section.seeds, workers=section.workers
+        )
 
     return measure

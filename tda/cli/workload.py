@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,11 +12,13 @@ from typing import TYPE_CHECKING
 import typer
 
 import tda
+from tda.cluster import remade
 from tda.code import load_code
 from tda.config import Config, QuerySection, ValueSection, load_config
 from tda.errors import ConfigError, StoreError
 
 if TYPE_CHECKING:
+    from tda.data import Dataset
     from tda.recipe import Recipe
     from tda.run import Run
     from tda.task import Task
@@ -101,7 +104,10 @@ def find_path(target: str, overrides: Sequence[str]) -> Path:
 
 
 def task_of(config: Config) -> Task:
-    """The task that the configuration's code builds. Raises ConfigError if it is something else."""
+    """The task that the configuration's code builds; workers build their own.
+
+    Raises ConfigError if it is something else.
+    """
     from tda.task import Task
 
     task = config.build_task()
@@ -112,12 +118,26 @@ def task_of(config: Config) -> Task:
             found=type(task).__name__,
             wanted="a function that returns a tda.Task",
         )
-    return task
+    return remade(task, partial(task_of, config))
+
+
+def train_of(config: Config) -> Dataset:
+    """The training set that the configuration's code builds; workers build their own."""
+    from tda.data import as_dataset
+
+    return remade(as_dataset(config.build_train()), partial(train_of, config))
+
+
+def queries_of(config: Config, name: str) -> Dataset:
+    """The query set ``name`` that the configuration's code builds; workers build their own."""
+    from tda.data import as_dataset
+
+    return remade(as_dataset(config.build_queries(name)), partial(queries_of, config, name))
 
 
 def index_workload(config: Config) -> Path:
     """Index the training set and every query set of ``config``; the run's folder."""
-    task, train = task_of(config), config.build_train()
+    task, train = task_of(config), train_of(config)
     run = tda.index(task, train, config.path, **config.index_arguments())
     for name in config.workload.queries:
         _add_queries(run, config, name)
@@ -149,7 +169,7 @@ def _add_queries(run: Run, config: Config, name: str) -> str:
     """Featurize the query set ``name`` of ``config``, unless the run holds it already."""
     size = config.index.batch_size
     batch = {} if size is None else {"batch_size": size}
-    return run.add_queries(config.build_queries(name), name, progress=True, **batch)
+    return run.add_queries(queries_of(config, name), name, progress=True, **batch)
 
 
 def _config(target: str, overrides: Sequence[str]) -> Config | None:

@@ -111,6 +111,14 @@ class Cluster:
         if not self.workers and self.scheduler is None:
             yield
             return
+        with self.started() as workers, workers.taking_work():
+            if show:
+                _announce(workers.client)
+            yield
+
+    @contextmanager
+    def started(self) -> Iterator[Workers]:
+        """Its workers. Raises ClusterError."""
         import dask
 
         from tda.cluster import start
@@ -119,15 +127,11 @@ class Cluster:
         with ExitStack() as stack:
             stack.enter_context(start.environment(self.environment))
             stack.enter_context(dask.config.set(settings))
-            client = start.client_of(self, stack)
-            stack.enter_context(client)
+            client = stack.enter_context(start.client_of(self, stack))
             from tda.cluster.worker import Settling
 
             client.register_plugin(Settling(self.threads))
-            if show:
-                _announce(client)
-            stack.enter_context(Workers(client).taking_work())
-            yield
+            yield Workers(client)
 
 
 @contextmanager

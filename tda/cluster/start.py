@@ -25,7 +25,7 @@ _TIMEOUT = 30  # seconds to reach a scheduler
 def client_of(cluster: Cluster, stack: ExitStack) -> Client:
     """A client of the cluster, started first where that is to be done. Raises ClusterError."""
     if cluster.scheduler is not None:
-        return stack.enter_context(_reach(cluster.scheduler))
+        return _reach(cluster.scheduler)
     started = {"local": local, "slurm": slurm, "kubernetes": kubernetes}[cluster.kind](cluster)
     return _client(address=stack.enter_context(started))
 

@@ -8,10 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
-import multiprocessing
-import os
 import re
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,11 +20,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from tda.cluster import run as run_pieces
+from tda.cluster import working
 from tda.data import Batch, as_dataset, batches, describe
 from tda.errors import ConfigError, DataError, TaskError
 from tda.evaluate.design import Design
 from tda.evaluate.record import FOLDER, GroundTruth, Record
 from tda.measurements import Measurement
+from tda.progress import Tick
 from tda.run import Run
 from tda.task import Task
 
@@ -58,8 +58,8 @@ def ground_truth(
     ``group`` of them at a time.
     queries: the data set (not its name: the store keeps gradients, not inputs).
     name: of the folder RUN/evaluate/NAME, by default the design's kind.
-    workers: 1 trains in this process; more train in as many processes of one thread each (``train``
-    must pickle), or under whatever Dask scheduler has been configured.
+    workers: 1 trains in this process; more train in as many processes of one thread each; a cluster
+    that is open (`tda.Cluster`) is used in any case.
 
     Each retraining is kept as soon as it is done: the same call resumes, whenever it was stopped,
     and a design with more subsets or seeds trains only those. Raises MismatchError where the folder
@@ -80,7 +80,8 @@ def ground_truth(
     groups = _groups(record, train)
     if groups:
         measure = None if run.task is None else Measure.of(run.task, data)
-        _compute(Retraining(train, measure, record), groups, workers, progress)
+        with working(workers if workers > 1 else None, progress):
+            run_pieces(Retraining(train, measure, record), groups, None, "retraining", progress, "")
     return record.read()
 
 
@@ -168,8 +169,7 @@ class Retraining:
     measure: Measure | None
     record: Record
 
-    def run(self, group: Sequence[Unit]) -> None:
-        _settle_in()
+    def __call__(self, group: Sequence[Unit], tick: Tick) -> None:
         missing = set(self.record.missing(group))
         for unit, result in zip(group, self._trained(group), strict=True):
             if unit in missing:
@@ -223,21 +223,6 @@ class Retraining:
         return outputs
 
 
-@functools.cache
-def _settle_in() -> None:
-    """In a worker process: one thread, and no life after its parent, which may be killed."""
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        return
-    torch.set_num_threads(1)
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
-
-
 @contextmanager
 def _explained(what: str) -> Iterator[None]:
     try:
@@ -245,32 +230,3 @@ def _explained(what: str) -> Iterator[None]:
     except Exception as error:
         error.add_note(what)
         raise
-
-
-def _compute(
-    work: Retraining, groups: Sequence[Sequence[Unit]], workers: int, progress: bool
-) -> None:
-    import dask
-
-    tasks = [dask.delayed(work.run, traverse=False, pure=False)(group) for group in groups]
-    scheduler = None
-    if dask.base.get_scheduler() is None:
-        scheduler = "synchronous" if workers == 1 else "processes"
-    with _bar(len(groups), progress):
-        dask.compute(*tasks, scheduler=scheduler, num_workers=workers, chunksize=1)
-
-
-@contextmanager
-def _bar(total: int, show: bool) -> Iterator[None]:
-    """A bar on the terminal's error stream that counts what local schedulers finish."""
-    if not show:
-        yield
-        return
-    from dask.callbacks import Callback
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True)) as bar:
-        job = bar.add_task("retraining", total=total)
-        with Callback(posttask=lambda *about: bar.advance(job)):
-            yield

@@ -1,0 +1,31 @@
+"""How a command ends: done, with an error that says what to do, interrupted, or asked to stop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from tda.cluster import PreemptedError
+from tda.errors import TdaError
+
+INTERRUPTED = 130  # the shell's convention for a process ended by Ctrl-C
+PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, run it again
+
+
+class Commands(TyperGroup):
+    """Every command ends in an exit code: errors made on purpose are shown without a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except TdaError as error:
+            typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
+            typer.echo(str(error), err=True)
+            raise typer.Exit(1) from error
+        except KeyboardInterrupt as error:
+            preempted = isinstance(error, PreemptedError)
+            what = "asked to stop (SIGTERM)" if preempted else "\ninterrupted"
+            typer.echo(f"{what}. What is finished is kept; the same command resumes.", err=True)
+            raise typer.Exit(PREEMPTED if preempted else INTERRUPTED) from error
