@@ -52,8 +52,7 @@ def index(tmp_path: Path, task_of: Callable) -> Callable[..., tda.Run]:
     ("name", "options"),
     [
         ("digits_mlp", {"gauss_newton": True}),
-        ("tiny_lm", {"dtype": "int8"}),
-        ("cnn", {"projection": "kronecker"}),
+        ("cnn", {"projection": "kronecker", "dtype": "int8"}),
     ],
 )
 def test_workers_write_what_the_plain_loop_writes(workers, index, name: str, options: dict) -> None:
