@@ -22,7 +22,7 @@ from tda.curvature.table import check_measurement, curvature_filler, plan_curvat
 from tda.data import Dataset, Examples, as_dataset, describe
 from tda.errors import ConfigError, MismatchError, StoreError, TaskError
 from tda.featurizer import Featurizer, filler
-from tda.filling import Filling, Prepare
+from tda.filling import Filling
 from tda.gradients import shapes_of
 from tda.progress import progress_bar
 from tda.projection import Bases, Projection, bases_from_bytes, bases_to_bytes
@@ -93,10 +93,10 @@ def index(
             run = _open_or_create(
                 task, data, path, projection, dtype, chunk_rows, batch_size, progress
             )
-            table = run._plan("train", examples, data)
+            run._plan("train", examples, data)
             if progress and run.featurizer().audit is not None:
                 print(run.featurizer().audit, file=sys.stderr)
-            run._fill(filler, table, data, batch_size, progress, "indexing")
+            Filling(run, "train", filler, data, batch_size).finish("indexing", progress)
         if gauss_newton:
             run.add_curvature(data, batch_size=batch_size, progress=progress)
     return run
@@ -269,7 +269,8 @@ class Run:
         name = name or f"q-{examples.digest()[:16]}"
         with sole_writer(self.path):
             table = self._plan(f"queries/{name}", examples, data)
-            self._fill(filler, table, data, batch_size, progress, f"queries {name}")
+            work = Filling(self, table.name, filler, data, batch_size)
+            work.finish(f"queries {name}", progress)
         return name
 
     def add_curvature(
@@ -293,7 +294,8 @@ class Run:
         with sole_writer(self.path):
             with progress_bar("choosing curvature rows", total, progress) as tick:
                 table = plan_curvature(self.store, featurizer, data, num_rows, batch_size, tick)
-            self._fill(curvature_filler, table, data, batch_size, progress, "curvature")
+            work = Filling(self, table.name, curvature_filler, data, batch_size)
+            work.finish("curvature", progress)
 
     def scores(self, queries: Any, recipe: str | Recipe = "trak") -> da.Array:
         """Every score, ``[query, train]`` float32; > 0 where training on the example helps.
@@ -395,14 +397,3 @@ class Run:
             train = None
         hidden = self.featurizer().probe(data).hidden if train is None else train.hidden
         return self.store.plan(name, examples, hidden)
-
-    def _fill(
-        self,
-        how: Prepare,
-        table: Table,
-        data: Dataset,
-        batch_size: int,
-        progress: bool,
-        what: str,
-    ) -> None:
-        Filling(self, table.name, how, data, batch_size).finish(what, progress)

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from tda.config import load_code
+from tda.code import load_code
 from tda.evaluate import GroundTruth
 
 Found = dict[str, Any]  # {"truth", "about", "ceilings", "rows"}
