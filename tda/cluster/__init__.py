@@ -120,6 +120,7 @@ class Cluster:
     def started(self) -> Iterator[Workers]:
         """Its workers. Raises ClusterError."""
         import dask
+        import distributed  # noqa: F401  (its defaults must be there before they are changed)
 
         from tda.cluster import start
 
