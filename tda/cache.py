@@ -21,6 +21,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from tda.store.files import list_files, read_file
+
 Arrays = dict[str, np.ndarray]
 log = logging.getLogger(__name__)
 
@@ -39,12 +41,13 @@ def fingerprint(store: Run, table: str) -> str | None:
 
     The marks hold the checksums of the rows, so equal fingerprints mean equal bytes.
     """
-    marks = sorted((store.path / table / "done").glob("*.json"))
+    folder = store.path / table / "done"
+    marks = [name for name in list_files(folder) if name.endswith(".json")]
     if not marks:
         return None
     digest = hashlib.sha256(json.dumps(store.manifest, sort_keys=True).encode())
-    for mark in marks:
-        digest.update(mark.name.encode() + b"\0" + mark.read_bytes())
+    for name in marks:
+        digest.update(name.encode() + b"\0" + (read_file(folder / name) or b""))
     return digest.hexdigest()
 
 

@@ -11,7 +11,6 @@ import platform
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -29,7 +28,7 @@ from tda.projection import Bases, Projection, bases_from_bytes, bases_to_bytes
 from tda.recipe import Recipe
 from tda.recipes.auto import recipe_for
 from tda.store import Store, Table
-from tda.store.files import write_file
+from tda.store.files import Place, as_place, read_file, stat_file, write_file
 from tda.store.lock import sole_writer
 from tda.task import Task
 from tda.training.metric import check_projection
@@ -50,7 +49,7 @@ _VERSIONS = ("torch", "numpy", "zarr")
 def index(
     task: Task,
     dataset: Any,
-    path: str | Path,
+    path: str | Place,
     *,
     proj_dim: int = 2048,
     projection: str | Projection = "count_sketch",
@@ -85,7 +84,7 @@ def index(
         )
     if gauss_newton:
         check_measurement(task.measurement)
-    path, data = Path(path), as_dataset(dataset)
+    path, data = as_place(path), as_dataset(dataset)
     with working(workers, progress):
         with progress_bar("reading the data", len(data), progress) as tick:
             examples = describe(data, tick)
@@ -102,7 +101,7 @@ def index(
     return run
 
 
-def open(path: str | Path, task: Task | None = None) -> Run:
+def open(path: str | Place, task: Task | None = None) -> Run:
     """The run at ``path``. The task is only needed to featurize new queries.
 
     Raises StoreError where there is no run, MismatchError where it was made by another task.
@@ -117,7 +116,7 @@ def open(path: str | Path, task: Task | None = None) -> Run:
 def _open_or_create(
     task: Task,
     data: Dataset,
-    path: Path,
+    path: Place,
     projection: Projection,
     dtype: str,
     chunk_rows: int | None,
@@ -125,7 +124,7 @@ def _open_or_create(
     progress: bool,
 ) -> Run:
     shapes = shapes_of(task.model)
-    stored = Store.open(path).manifest if (path / "manifest.json").exists() else None
+    stored = Store.open(path).manifest if stat_file(path / "manifest.json") else None
     featurizer = Featurizer(task)
     if task.metric != "euclidean":
         check_projection(task.metric, projection)
@@ -180,9 +179,9 @@ def _digest(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
-def _read_bases(path: Path, manifest: dict[str, Any], task: Task) -> Bases:
+def _read_bases(path: Place, manifest: dict[str, Any], task: Task) -> Bases:
     file = path / _BASES
-    data = file.read_bytes() if file.is_file() else b""
+    data = read_file(file) or b""
     wanted = manifest["projection"].get("bases_digest")
     if wanted is None:
         raise MismatchError(
@@ -221,7 +220,7 @@ class Run:
         return f"Run({str(self.store.path)!r})"
 
     @property
-    def path(self) -> Path:
+    def path(self) -> Place:
         return self.store.path
 
     @property

@@ -229,16 +229,16 @@ def test_draws_do_not_depend_on_batches(tmp_path):
 def test_a_table_interrupted_anywhere_is_continued_to_the_same_bytes(
     run, net, plain, tmp_path, monkeypatch, written
 ):
-    from tda.store import files
+    from tda.store import local
 
-    left, write = iter(range(written)), files._write
+    left, write = iter(range(written)), local._write
 
     def fail(target: Path, parts: Any) -> None:
         if next(left, None) is None:
             raise KeyboardInterrupt
         write(target, parts)
 
-    monkeypatch.setattr(files, "_write", fail)
+    monkeypatch.setattr(local, "_write", fail)
     with pytest.raises(KeyboardInterrupt):
         run.add_curvature(net.train, num_rows=40)
     monkeypatch.undo()

@@ -34,7 +34,7 @@ from stored import (
 
 from tda.data import Examples
 from tda.errors import StoreError
-from tda.store import Store, files
+from tda.store import Store, files, local
 from tda.store.arrays import COLUMNS
 from tda.store.encoding import decode_rows, encode_rows
 
@@ -277,7 +277,7 @@ def test_a_mark_never_stands_over_files_that_are_being_replaced(tmp_path, monkey
     def fail(path: Path, parts: object) -> None:
         raise OSError(errno.EIO, "broken")
 
-    monkeypatch.setattr(files, "_write", fail)
+    monkeypatch.setattr(local, "_write", fail)
     rows, columns, embedding = values(0, 0, CHUNK)
     with pytest.raises(StoreError, match="cannot write"):
         table.write(0, 0, rows + 1, columns, embedding)

@@ -28,7 +28,7 @@ from stored import (
 )
 
 from tda.errors import StoreError
-from tda.store import Store, files
+from tda.store import Store, local
 
 KINDS = [
     "manifest.json",
@@ -168,7 +168,7 @@ def test_a_full_disk_is_told_and_costs_only_what_was_being_written(
 ):
     path = tmp_path / "run"
     left = iter(range(after))
-    write = files._write
+    write = local._write
 
     def full(target: Path, parts: Any) -> None:
         if next(left, None) is None:
@@ -176,11 +176,11 @@ def test_a_full_disk_is_told_and_costs_only_what_was_being_written(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(target, parts)
 
-    monkeypatch.setattr(files, "_write", full)
+    monkeypatch.setattr(local, "_write", full)
     with pytest.raises(StoreError, match="disk is full") as caught:
         build(path)
     assert "free some space" in str(caught.value)
-    monkeypatch.setattr(files, "_write", write)
+    monkeypatch.setattr(local, "_write", write)
     assert not [name for name in contents(path) if name.endswith(".tmp")] if path.exists() else True
     build(path)
     assert contents(path / "train") == contents(sound / "train")
@@ -191,7 +191,7 @@ def test_an_unwritable_folder_is_told(tmp_path, monkeypatch, code):
     def refuse(target: Path, parts: object) -> None:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(files, "_write", refuse)
+    monkeypatch.setattr(local, "_write", refuse)
     with pytest.raises(StoreError, match="cannot be written") as caught:
         Store.create(tmp_path / "run", MANIFEST)
     assert "may write" in str(caught.value)

@@ -28,7 +28,7 @@ from stored import (
 
 from tda.data import Examples
 from tda.errors import DataError, GradientError, MismatchError, StoreError
-from tda.store import Store, Table, files
+from tda.store import Store, Table, local
 
 
 @pytest.fixture(scope="module")
@@ -64,14 +64,14 @@ def test_an_append_interrupted_anywhere_is_continued(tmp_path, sound, longer, mo
     path = tmp_path / "run"
     shutil.copytree(sound, path)
     left = iter(range(writes))
-    write = files._write
+    write = local._write
 
     def fail(target: Path, parts: Any) -> None:
         if next(left, None) is None:
             raise KeyboardInterrupt
         write(target, parts)
 
-    monkeypatch.setattr(files, "_write", fail)
+    monkeypatch.setattr(local, "_write", fail)
     try:
         fill(Store.create(path, MANIFEST).plan("train", examples(13), H))
     except KeyboardInterrupt:

@@ -20,7 +20,6 @@ Other measurements draw targets from the model (`Measurement.draw`) in place of 
 from __future__ import annotations
 
 import hashlib
-import shutil
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -43,6 +42,7 @@ from tda.measurements import (
 )
 from tda.progress import Tick
 from tda.store import Store, Table
+from tda.store.files import remove_tree
 from tda.store.manifest import CURVATURE, TRAIN
 from tda.store.marks import STATIC, remove_mark
 
@@ -234,9 +234,8 @@ def _sample_of(table: Table, train: Table) -> Sample:
 
 def _remove(store: Store) -> None:
     folder = store.path / CURVATURE
-    if folder.exists():
-        remove_mark(folder, STATIC)  # from here on it is no table
-        shutil.rmtree(folder)
+    remove_mark(folder, STATIC)  # from here on it is no table
+    remove_tree(folder)
 
 
 def _describe(sample: Sample, train: Table, dataset: Dataset) -> Examples:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from tda.data import Examples
@@ -15,7 +14,7 @@ from tda.evaluate.metrics import lds_of_predictions, noise_ceiling, predictions
 from tda.evaluate.record import GroundTruth
 from tda.recipe import Recipe
 from tda.run import Run
-from tda.store.files import to_json, write_file
+from tda.store.files import Place, to_json, write_file
 
 _RESULTS = "results.json"
 
@@ -42,7 +41,7 @@ class Comparison:
     ceiling: Estimate | None
     rows: tuple[Row, ...]
 
-    def write(self) -> Path:
+    def write(self) -> Place:
         """RUN/evaluate/NAME/results.json, whole or not at all."""
         assert self.truth.path is not None
         subsets, seeds, queries = self.truth.outputs.shape

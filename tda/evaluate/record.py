@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,18 @@ from tda.errors import DataError, MismatchError, StoreError
 from tda.evaluate.design import Design
 from tda.store.arrays import ArraySpec, group_document
 from tda.store.deleted import deleted_positions
-from tda.store.files import TRAILER, disk, map_file, seal, unseal, write_file
+from tda.store.files import (
+    TRAILER,
+    Place,
+    as_place,
+    list_files,
+    map_file,
+    read_file,
+    seal,
+    stat_file,
+    unseal,
+    write_file,
+)
 from tda.store.manifest import config_hash
 from tda.store.marks import (
     STATIC,
@@ -58,7 +68,7 @@ class GroundTruth:
 
     masks: np.ndarray
     outputs: np.ndarray
-    path: Path | None = None
+    path: Place | None = None
     manifest: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -80,29 +90,30 @@ class GroundTruth:
         return np.asarray(self.outputs, np.float64).mean(1)
 
     @staticmethod
-    def open(path: str | Path) -> GroundTruth:
+    def open(path: str | Place) -> GroundTruth:
         """The ground truth in a folder. Raises StoreError if there is none or it is unfinished."""
-        manifest = _read_manifest(Path(path))
-        return Record(Path(path), manifest, Design.parse(manifest["design"])).read()
+        folder = as_place(path)
+        manifest = _read_manifest(folder)
+        return Record(folder, manifest, Design.parse(manifest["design"])).read()
 
 
 @dataclass(frozen=True)
 class Record:
     """The folder of a ground truth, seen through a design: subsets and seeds of that design."""
 
-    path: Path
+    path: Place
     manifest: Mapping[str, Any]
     design: Design
 
     @staticmethod
-    def create(path: Path, design: Design, made_of: Mapping[str, Any]) -> Record:
+    def create(path: Place, design: Design, made_of: Mapping[str, Any]) -> Record:
         """Make the folder, or find it there made of the same, and lay out what the design adds.
 
         ``made_of``: train and queries (num_rows, digest), measurement, train_function.
         Raises MismatchError naming the first field that differs, ConfigError for a wrong design.
         """
         wanted = {"format": 1, "design": design.spec(), **made_of}
-        if (path / _MANIFEST).exists():
+        if stat_file(path / _MANIFEST) is not None:
             stored = _read_manifest(path)
             wanted["design"] = _continued(path, stored, wanted)
         record = Record(path, wanted, design)
@@ -168,8 +179,10 @@ class Record:
 
     def missing(self, units: Iterable[tuple[int, int]] | None = None) -> list[tuple[int, int]]:
         """The units (of these) without a mark, and those whose outputs are not what was marked."""
-        asked = self.units() if units is None else units
-        return [unit for unit in asked if not self._is_finished(*unit)]
+        if units is None:
+            listed = list_files(self.path / "done")
+            return [u for u in self.units() if _name(*u) not in listed or self._outputs(*u) is None]
+        return [unit for unit in units if self._outputs(*unit) is None]
 
     def subset(self, subset: int) -> np.ndarray:
         """int64 indices, in the training set, of the examples of a subset, ascending."""
@@ -179,12 +192,17 @@ class Record:
     def _masks(self) -> np.ndarray:
         return self.design.masks(self._num_train)
 
-    def _is_finished(self, subset: int, seed: int) -> bool:
-        key = self._specs["outputs"].key(subset, seed)
+    def _outputs(self, subset: int, seed: int) -> np.ndarray | None:
+        """``[query]`` of a retraining, or None where it is not finished, or not what was marked."""
+        spec = self._specs["outputs"]
+        key = spec.key(subset, seed)
         mark = read_mark(self.path / _mark(subset, seed))
         if mark is None or mark.config != self._config or key not in mark.files:
-            return False
-        return damage(self.path, key, mark.files[key]) is None
+            return None
+        data = map_file(self.path / key)
+        if data is None or damage(key, data, mark.files[key]) is not None:
+            return None
+        return spec.unpack(data[:-TRAILER])[0, 0]
 
     def write(self, subset: int, seed: int, outputs: np.ndarray) -> None:
         """Keep the outputs ``[query]`` of one retraining: whole and flushed, then marked."""
@@ -196,20 +214,21 @@ class Record:
 
     def read(self) -> GroundTruth:
         """Everything, checksums verified. Raises StoreError where a retraining is missing."""
-        missing = self.missing()
+        outputs = np.empty((self.design.num_subsets, self._num_seeds, self.num_queries), "f4")
+        missing = 0
+        for unit in self.units():
+            found = self._outputs(*unit)
+            if found is None:
+                missing += 1
+            else:
+                outputs[unit] = found
         if missing:
             raise StoreError(
                 "the ground truth is not finished",
                 where=self.path,
-                found=f"{len(missing)} of {len(self.units())} retrainings are missing",
+                found=f"{missing} of {len(self.units())} retrainings are missing",
                 do="call ground_truth, or `tda evaluate CONFIG`, again: what is finished is kept",
             )
-        spec = self._specs["outputs"]
-        outputs = np.empty((self.design.num_subsets, self._num_seeds, self.num_queries), "f4")
-        for subset, seed in self.units():
-            path = self.path / spec.key(subset, seed)
-            with disk(path, "read"):
-                outputs[subset, seed] = spec.unpack(map_file(path)[:-TRAILER])[0, 0]
         return GroundTruth(self._masks, outputs, self.path, self.manifest)
 
 
@@ -217,20 +236,24 @@ def _mask_rows(num_train: int) -> int:
     return max(1, min(_MASK_ROWS, _MASK_BYTES // num_train))
 
 
+def _name(subset: int, seed: int) -> str:
+    return f"{subset}-{seed}.json"
+
+
 def _mark(subset: int, seed: int) -> str:
-    return f"done/{subset}-{seed}.json"
+    return f"done/{_name(subset, seed)}"
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def _read_manifest(path: Place) -> dict[str, Any]:
     file = path / _MANIFEST
-    if not file.is_file():
+    data = read_file(file)
+    if data is None:
         raise StoreError(
             "there is no ground truth in this folder",
             where=path,
             do="make one with tda.evaluate.ground_truth or `tda evaluate CONFIG`",
         )
-    with disk(file, "read"):
-        manifest = unseal(file.read_bytes())
+    manifest = unseal(data)
     if manifest is None:
         raise StoreError(
             "the manifest of this ground truth was altered",
@@ -240,7 +263,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _continued(path: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
+def _continued(path: Place, stored: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
     """The stored design, grown to what is wanted. Raises MismatchError if it is another one."""
     for name in {**wanted, **stored}:
         there, here = stored.get(name), wanted.get(name)

@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +28,7 @@ from tda.evaluate.record import FOLDER, GroundTruth, Record
 from tda.measurements import Measurement
 from tda.progress import Tick
 from tda.run import Run
+from tda.store.files import Place
 from tda.task import Task
 
 Train = Callable[[np.ndarray, int], Any]
@@ -85,7 +85,7 @@ def ground_truth(
     return record.read()
 
 
-def _folder(run: Run, name: str) -> Path:
+def _folder(run: Run, name: str) -> Place:
     if not _NAME.fullmatch(name):
         raise ConfigError(
             "this is no name for a ground truth", found=repr(name), wanted="A–Z a–z 0–9 _ . -"

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 from threading import Lock
 from typing import Any, Literal, cast
 
@@ -38,6 +37,7 @@ from tda.scorer import Prepared
 from tda.scorer.candidates import SAMPLE, RowIndex
 from tda.scorer.ranking import Heaps, clipped
 from tda.store import Store
+from tda.store.files import Place
 
 Search = Literal["auto", "exact", "approximate"]
 ROW_BYTES = 2 * 2**30  # of float32 rows held in memory; with more, the rows are read at each scan
@@ -100,7 +100,7 @@ class Explorer:
         self._scanning = Lock()  # two scans at once take as long as one after the other
 
     @property
-    def path(self) -> Path:
+    def path(self) -> Place:
         return self.run.path
 
     @property

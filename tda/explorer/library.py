@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from threading import Lock
 from typing import Any, Literal, cast
 
@@ -20,6 +19,7 @@ from tda.report.data import Example
 from tda.report.examples import Gallery
 from tda.report.rollups import categories
 from tda.store import Store, Table
+from tda.store.files import Place, Stat, stat_file
 
 Order = Literal["position", "lowest_p", "largest_loss"]
 COLUMNS = ("source", "group", "label")  # by which examples are grouped and filtered
@@ -35,15 +35,15 @@ class Library:
     that they are complete, and their columns.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Place) -> None:
         self.path = path
         self._lock = Lock()
-        self._open: dict[str, tuple[tuple[int, ...], Shelf]] = {}
+        self._open: dict[str, tuple[tuple[Stat | None, ...], Shelf]] = {}
 
-    def stamp(self, name: str) -> tuple[int, ...]:
+    def stamp(self, name: str) -> tuple[Stat | None, ...]:
         """Changes when the table is extended, or the run is."""
         files = (self.path / "manifest.json", self.path / name / "done" / "static.json")
-        return tuple(file.stat().st_mtime_ns if file.exists() else 0 for file in files)
+        return tuple(stat_file(file) for file in files)
 
     def shelf(self, name: str) -> Shelf:
         """The table ``train`` or ``queries/NAME``. Raises StoreError if there is none."""
@@ -98,7 +98,7 @@ class Keep:
 class Shelf:
     """One table with its gallery, its categories and its orders."""
 
-    def __init__(self, store: Store, table: Steady, stamp: tuple[int, ...]) -> None:
+    def __init__(self, store: Store, table: Steady, stamp: tuple[Stat | None, ...]) -> None:
         self.store = store
         self.table = cast(Table, table)
         self.stamp = stamp
@@ -241,7 +241,7 @@ class _Entries:
         return self.table.entries(self.name, [index])[0]
 
 
-def require_train(path: Path) -> None:
+def require_train(path: Place) -> None:
     """Raises StoreError where there is no run, or nothing is indexed."""
     store = Store.open(path)
     if store.table("train").num_rows == 0:

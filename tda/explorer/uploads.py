@@ -6,7 +6,6 @@ import base64
 import binascii
 import inspect
 import io
-import shutil
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +16,7 @@ from tda.data import Dataset, as_dataset, collate, describe
 from tda.errors import DataError, TdaError
 from tda.explorer.asking import Explorer
 from tda.featurizer import Featurizer
+from tda.store.files import remove_tree
 
 Kind = Literal["image", "text", "row"]
 KINDS: tuple[Kind, ...] = ("image", "text", "row")
@@ -78,7 +78,7 @@ def _stored(explorer: Explorer, kind: Kind, data: Dataset) -> str:
         return explorer.run.add_queries(data, name)
     except Exception as error:
         if not known:
-            shutil.rmtree(explorer.path / "queries" / name, ignore_errors=True)
+            remove_tree(explorer.path / "queries" / name)
         if isinstance(error, TdaError):
             raise
         raise DataError(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from tda.recipe import CurvatureRows, Recipe
 from tda.recipes import get_recipe, influence, influence_gn, influence_shrunk
 from tda.store.manifest import CURVATURE
+from tda.store.table import has_table
 
 if TYPE_CHECKING:
     from tda.store import Store
@@ -28,7 +29,7 @@ def recipe_for(store: Store, recipe: str | Recipe) -> Recipe:
 def choose(store: Store) -> Recipe:
     """The recipe for a run, whose ``summary`` says why in one line."""
     eigen = store.manifest["projection"]["kind"] == "eigenbasis"
-    rows: CurvatureRows = "gauss_newton" if (store.path / CURVATURE).is_dir() else "link"
+    rows: CurvatureRows = "gauss_newton" if has_table(store.path, CURVATURE) else "link"
     whose = "every output" if rows == "gauss_newton" else "the label's output"
     why = f"the curvature of {whose}"
     if eigen:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,6 +19,7 @@ from tda.evaluate.record import FOLDER, GroundTruth
 from tda.recipe import Recipe
 from tda.recipes import RECIPES
 from tda.report.agreement import spearman
+from tda.store.files import list_folders, stat_file
 from tda.valuation.faults import gradient_neighbours
 from tda.valuation.last_rows import embeddings
 
@@ -164,10 +164,12 @@ def _ground_truths(
     """Finished ground truths of this training set and these queries, and the recipe's LDS on those
     with several random subsets."""
     truths, checked = [], []
-    for folder in sorted(Path(run.store.path, FOLDER).glob("*/manifest.json")):
-        name = folder.parent.name
+    kept = run.store.path / FOLDER
+    for name in list_folders(kept):
+        if stat_file(kept / name / "manifest.json") is None:
+            continue
         try:
-            truth = GroundTruth.open(folder.parent)
+            truth = GroundTruth.open(kept / name)
             row = _checked(run, truth, query_name, recipe)
         except MismatchError:
             continue  # of other queries, or of the training set before it grew

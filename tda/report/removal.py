@@ -19,6 +19,7 @@ from tda.evaluate.record import GroundTruth
 from tda.report.data import Values
 from tda.report.decisions import Decisions
 from tda.report.findings import Findings
+from tda.store.files import read_file
 
 FRACTIONS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
 LOG_ODDS = ("cross_entropy", "binary_cross_entropy")  # f = log(p/(1−p))
@@ -191,10 +192,11 @@ def _measured(
 def read_plan(truth: GroundTruth) -> dict:
     """What the subsets of a ground truth were made for; empty where nobody said."""
     file = None if truth.path is None else truth.path / PLAN
-    if file is None or not file.is_file():
+    data = None if file is None else read_file(file)
+    if data is None:
         return {}
     try:
-        plan = json.loads(file.read_text(encoding="utf-8"))
+        plan = json.loads(data)
     except ValueError as error:
         raise DataError("this plan cannot be read", where=file, found=error) from error
     return plan if isinstance(plan, dict) else {}

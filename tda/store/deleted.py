@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from tda.errors import DataError, StoreError
 from tda.store.arrays import CHECKPOINT
+from tda.store.files import Place
 from tda.store.manifest import NAME, TRAIN
 from tda.store.table import Table
 
@@ -28,7 +28,7 @@ _RANGES = re.compile(r"[0-9]{1,15}(-[0-9]{1,15})?( [0-9]{1,15}(-[0-9]{1,15})?)*"
 _SHARES = ("curvature", "weight")  # of the table ``curvature``: they count rows and examples
 
 
-def deleted_positions(manifest: Mapping[str, Any], run: Path) -> np.ndarray:
+def deleted_positions(manifest: Mapping[str, Any], run: Place) -> np.ndarray:
     """Positions of the deleted training examples, ascending int64. Raises StoreError if absurd."""
     record = manifest["data"].get(TRAIN, {})
     text = record.get(KEY)
@@ -113,7 +113,7 @@ class Remaining:
         return f"{self.stored!r} without {self.stored.num_rows - self.num_rows} deleted"
 
     @property
-    def path(self) -> Path:
+    def path(self) -> Place:
         return self.stored.path
 
     @property
@@ -121,7 +121,7 @@ class Remaining:
         return self.stored.name
 
     @property
-    def folder(self) -> Path:
+    def folder(self) -> Place:
         return self.stored.folder
 
     @property

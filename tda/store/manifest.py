@@ -9,12 +9,11 @@ import json
 import re
 from collections.abc import Mapping
 from hashlib import blake2b
-from pathlib import Path
 from typing import Any
 
 from tda.errors import DataError, MismatchError, StoreError
 from tda.store.encoding import check_dtype
-from tda.store.files import disk, seal, to_json, unseal, write_file
+from tda.store.files import Place, read_file, seal, to_json, unseal, write_file
 
 FORMAT = 1
 NAME = "manifest.json"
@@ -60,18 +59,17 @@ def check_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def read_manifest(run: Path) -> dict[str, Any]:
+def read_manifest(run: Place) -> dict[str, Any]:
     """The manifest of a run. Raises StoreError: none, damaged, or of another format."""
     path = run / NAME
-    if not path.is_file():
+    data = read_file(path)
+    if data is None:
         raise StoreError(
             "there is no run in this folder",
             where=run,
             found=f"no {NAME}",
             do="check the path, or make the run with `tda index`",
         )
-    with disk(path, "read"):
-        data = path.read_bytes()
     manifest = unseal(data)
     form = _format(data) if manifest is None else manifest.get("format")
     if form not in (FORMAT, None):
@@ -89,11 +87,11 @@ def _format(data: bytes) -> object:
         return None
 
 
-def write_manifest(run: Path, manifest: Mapping[str, Any]) -> None:
+def write_manifest(run: Place, manifest: Mapping[str, Any]) -> None:
     write_file(run / NAME, seal(manifest))
 
 
-def _damaged(path: Path) -> StoreError:
+def _damaged(path: Place) -> StoreError:
     return StoreError(
         "the manifest was altered",
         where=path,
@@ -103,7 +101,7 @@ def _damaged(path: Path) -> StoreError:
     )
 
 
-def _other_format(found: object, path: Path | None) -> StoreError:
+def _other_format(found: object, path: Place | None) -> StoreError:
     return StoreError(
         "the run has a format this program does not know",
         where=path,
@@ -113,7 +111,7 @@ def _other_format(found: object, path: Path | None) -> StoreError:
     )
 
 
-def require_same(run: Path, stored: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+def require_same(run: Place, stored: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Raises MismatchError naming the first field in which two manifests differ."""
     # The metric first: one that needs optimizers makes the checkpoints differ as well.
     fields = ["metric", *given, *(name for name in stored if name not in given)]
@@ -180,6 +178,6 @@ def redo(table: str) -> str:
     return f"rerun `tda index`, or add the queries {name!r} again: only what is missing is computed"
 
 
-def cure(run: Path, table: str) -> str:
+def cure(run: Place, table: str) -> str:
     """What to do about a damaged table: find out what is damaged, and compute that again."""
     return f"run `tda verify {run}`, then {redo(table)}"

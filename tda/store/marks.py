@@ -6,10 +6,8 @@ flushed, in one spelling, so the same chunk has the same mark wherever it was co
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -17,9 +15,11 @@ import numpy as np
 from tda.store.files import (
     TRAILER,
     Parts,
+    Place,
+    Stat,
     crc32c,
-    disk,
     map_file,
+    read_file,
     remove_file,
     seal,
     unseal,
@@ -76,33 +76,31 @@ def chunk_mark(checkpoint: int, chunk: int) -> str:
     return f"{FOLDER}/c{checkpoint}-{chunk}.json"
 
 
-def read_mark(path: Path) -> Mark | None:
-    """The mark at ``path``, or None if there is none or it is damaged."""
-    try:
-        return Mark.parse(path.read_bytes())
-    except OSError:
-        return None
+def read_mark(place: Place) -> Mark | None:
+    """The mark at ``place``, or None if there is none or it is damaged. Raises StoreError."""
+    data = read_file(place)
+    return None if data is None else Mark.parse(data)
 
 
-def write_chunks(folder: Path, chunks: Iterable[tuple[str, np.ndarray]]) -> dict[str, Entry]:
+def write_chunks(folder: Place, chunks: Iterable[tuple[str, np.ndarray]]) -> dict[str, Entry]:
     """Write the chunk files that are not there already: each a chunk, then its crc32c."""
     return _write(folder, ((key, c.reshape(-1).view(np.uint8), TRAILER) for key, c in chunks))
 
 
-def write_documents(folder: Path, documents: Mapping[str, bytes]) -> dict[str, Entry]:
+def write_documents(folder: Place, documents: Mapping[str, bytes]) -> dict[str, Entry]:
     """Write the metadata documents that are not there already."""
     texts = ((key, np.frombuffer(text, np.uint8), 0) for key, text in documents.items())
     return _write(folder, texts)
 
 
-def _write(folder: Path, files: Iterable[tuple[str, np.ndarray, int]]) -> dict[str, Entry]:
+def _write(folder: Place, files: Iterable[tuple[str, np.ndarray, int]]) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
 
     def wanted() -> Iterator[tuple[str, Parts | None]]:
         for key, data, trailer in files:
             entry = Entry(len(data) + trailer, crc32c(data))
             entries[key] = entry
-            if damage(folder, key, entry) is None:
+            if damage(key, map_file(folder / key), entry) is None:
                 yield key, None
             else:
                 yield key, (data.data, entry.crc32c.to_bytes(TRAILER, "little")[:trailer])
@@ -111,11 +109,11 @@ def _write(folder: Path, files: Iterable[tuple[str, np.ndarray, int]]) -> dict[s
     return entries
 
 
-def write_mark(folder: Path, key: str, mark: Mark) -> None:
+def write_mark(folder: Place, key: str, mark: Mark) -> None:
     write_file(folder / key, mark.to_bytes())
 
 
-def remove_mark(folder: Path, key: str) -> None:
+def remove_mark(folder: Place, key: str) -> None:
     remove_file(folder / key)
 
 
@@ -123,22 +121,18 @@ def is_document(key: str) -> bool:
     return key.endswith("zarr.json")
 
 
-def has_size(folder: Path, key: str, entry: Entry) -> bool:
-    try:
-        return os.stat(folder / key).st_size == entry.size
-    except OSError:
-        return False
+def have_sizes(listed: Mapping[str, Stat], files: Mapping[str, Entry]) -> bool:
+    """Whether every file of a mark is listed with the size it was finished with."""
+    return all(key in listed and listed[key].size == e.size for key, e in files.items())
 
 
-def damage(folder: Path, key: str, entry: Entry) -> Damage | None:
-    """What is wrong with a file a mark names, or None: it has its size and its checksum."""
-    path = folder / key
-    with disk(path, "read"):
-        if not path.is_file():
-            return "missing"
-        if path.stat().st_size != entry.size:
-            return "torn"
-        return None if is_intact(key, map_file(path), entry) else "altered"
+def damage(key: str, data: np.ndarray | None, entry: Entry) -> Damage | None:
+    """What is wrong with the bytes of a file a mark names, or None: it is as it was finished."""
+    if data is None:
+        return "missing"
+    if len(data) != entry.size:
+        return "torn"
+    return None if is_intact(key, data, entry) else "altered"
 
 
 def is_intact(key: str, data: np.ndarray, entry: Entry) -> bool:

@@ -8,7 +8,6 @@ taken away first and comes back last.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,14 +16,14 @@ from tda.data import Examples
 from tda.errors import DataError, MismatchError, StoreError
 from tda.store.arrays import COLUMNS, ArraySpec, group_document, layout
 from tda.store.encoding import check_dtype, encode_column
-from tda.store.files import remove_file
+from tda.store.files import Place, list_files, remove_file
 from tda.store.manifest import CURVATURE, QUERIES, TRAIN, read_manifest
 from tda.store.marks import (
     STATIC,
     Entry,
     Mark,
     chunk_mark,
-    has_size,
+    have_sizes,
     is_document,
     remove_mark,
     write_chunks,
@@ -42,7 +41,7 @@ _RESERVED = {"rows", "scale", "embedding", "done", "id", "digest", *COLUMNS}
 
 
 def plan_table(
-    run: Path,
+    run: Place,
     manifest: Mapping[str, Any],
     name: str,
     examples: Examples,
@@ -117,7 +116,7 @@ def _encode(examples: Examples) -> Static:
     return {name: encode_column(name, values) for name, values in given.items()}
 
 
-def _stored(run: Path, name: str) -> Table | None:
+def _stored(run: Place, name: str) -> Table | None:
     """The table as it is, if what identifies its examples can be read."""
     try:
         table = Table(run, name)
@@ -130,7 +129,7 @@ def _stored(run: Path, name: str) -> Table | None:
 
 
 def _has_files(table: Table) -> bool:
-    return all(has_size(table.folder, key, entry) for key, entry in table.static.files.items())
+    return have_sizes(list_files(table.folder), table.static.files)
 
 
 def _require_same(stored: Table, examples: Examples, hidden: int | None) -> None:
@@ -179,7 +178,7 @@ def _differs(stored: np.ndarray, given: np.ndarray) -> np.ndarray:
     return ~same.reshape(len(stored), -1).all(axis=1)
 
 
-def _require_record(run: Path, manifest: Mapping[str, Any], examples: Examples) -> None:
+def _require_record(run: Place, manifest: Mapping[str, Any], examples: Examples) -> None:
     """The same when the stored columns cannot be read: then by the digest in the manifest."""
     record = manifest.get("data", {}).get(TRAIN)
     if record is None:
@@ -193,8 +192,8 @@ def _require_record(run: Path, manifest: Mapping[str, Any], examples: Examples) 
         )
 
 
-def _mismatch(table: Table | Path, found: str, wanted: str) -> MismatchError:
-    folder = table if isinstance(table, Path) else table.folder
+def _mismatch(table: Table | Place, found: str, wanted: str) -> MismatchError:
+    folder = table.folder if isinstance(table, Table) else table
     do = "store changed queries under a new name; queries can only be added at the end"
     if folder.name == TRAIN and folder.parent.name != QUERIES:
         do = "index changed data into a new folder; examples can only be added at the end"
@@ -210,7 +209,7 @@ def _mismatch(table: Table | Path, found: str, wanted: str) -> MismatchError:
 
 
 def _settle(
-    run: Path, name: str, specs: dict[str, ArraySpec], static: Static, examples: Examples
+    run: Place, name: str, specs: dict[str, ArraySpec], static: Static, examples: Examples
 ) -> Table:
     folder = run / name
     remove_mark(folder, STATIC)
@@ -232,7 +231,7 @@ def _static_chunks(
             yield spec.key(chunk), spec.pack(values[start : start + spec.chunk_rows])
 
 
-def _write_documents(folder: Path, specs: Mapping[str, ArraySpec]) -> dict[str, Entry]:
+def _write_documents(folder: Place, specs: Mapping[str, ArraySpec]) -> dict[str, Entry]:
     group = group_document()
     # ``done`` is an empty group too: Zarr warns of folders in a group that are none.
     documents = {"zarr.json": group, "done/zarr.json": group}
@@ -240,19 +239,18 @@ def _write_documents(folder: Path, specs: Mapping[str, ArraySpec]) -> dict[str, 
     return write_documents(folder, documents)
 
 
-def _sweep(folder: Path, specs: Mapping[str, ArraySpec], files: Mapping[str, Entry]) -> None:
+def _sweep(folder: Place, specs: Mapping[str, ArraySpec], files: Mapping[str, Entry]) -> None:
     """Files of an older, differently cut or interrupted version of the static columns."""
-    for spec in specs.values():
-        if spec.per_checkpoint:
-            continue
-        for path in sorted((folder / spec.name).rglob("*")):
-            if path.is_file() and path.relative_to(folder).as_posix() not in files:
-                remove_file(path)
+    static = {spec.name for spec in specs.values() if not spec.per_checkpoint}
+    for key in list_files(folder):
+        if key.partition("/")[0] in static and key not in files:
+            remove_file(folder / key)
 
 
 def _withdraw_changed(table: Table) -> None:
     """Take back the marks of chunks whose examples are no longer those they were computed for."""
-    for checkpoint in range(table.num_checkpoints):
-        for chunk in range(table.num_chunks):
-            if table.mark(checkpoint, chunk) is None:
-                remove_mark(table.folder, chunk_mark(checkpoint, chunk))
+    listed = list_files(table.folder)
+    valid = table.marks(listed)
+    for place in table.places():
+        if place not in valid and chunk_mark(*place) in listed:
+            remove_mark(table.folder, chunk_mark(*place))

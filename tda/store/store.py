@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -11,6 +10,7 @@ import numpy as np
 from tda.data import Examples
 from tda.errors import DataError, MismatchError, StoreError
 from tda.store.deleted import KEY, deleted_positions, places, with_deleted, without_deleted
+from tda.store.files import Place, as_place, list_folders, stat_file
 from tda.store.manifest import (
     CURVATURE,
     NAME,
@@ -24,8 +24,8 @@ from tda.store.manifest import (
     write_manifest,
 )
 from tda.store.planning import grow_checkpoints, plan_table
-from tda.store.table import Table
-from tda.store.verify import Fault, find_faults, table_names
+from tda.store.table import Table, has_table, table_names
+from tda.store.verify import Fault, find_faults
 
 
 class Store:
@@ -34,7 +34,7 @@ class Store:
     ``stores/README.md`` specifies every file. Pickles as its path.
     """
 
-    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, path: Place, manifest: dict[str, Any]) -> None:
         self.path = path
         self.manifest = manifest
 
@@ -45,7 +45,7 @@ class Store:
         return f"Store({str(self.path)!r})"
 
     @staticmethod
-    def create(path: str | Path, manifest: Mapping[str, Any]) -> Store:
+    def create(path: str | Place, manifest: Mapping[str, Any]) -> Store:
         """The run at ``path``, made now or found there with the same manifest.
 
         ``manifest`` has at least dtype, chunk_rows, projection.dim and checkpoints (name, digest);
@@ -53,13 +53,13 @@ class Store:
         Raises MismatchError naming the first field that differs, StoreError if the folder cannot
         be written or is something else.
         """
-        folder = Path(path)
+        folder = as_place(path)
         given = check_manifest({**manifest, "data": {}})
-        if (folder / NAME).exists():
+        if stat_file(folder / NAME) is not None:
             stored = read_manifest(folder)
             require_same(folder, stored, given)
             return Store(folder, stored)
-        if (folder / TRAIN).exists() and not (folder / TRAIN / "zarr.json").exists():
+        if TRAIN in list_folders(folder) and stat_file(folder / TRAIN / "zarr.json") is None:
             raise StoreError(
                 "this folder has a `train` that is no part of a run",
                 where=folder,
@@ -69,9 +69,9 @@ class Store:
         return Store(folder, given)
 
     @staticmethod
-    def open(path: str | Path) -> Store:
+    def open(path: str | Place) -> Store:
         """The run at ``path``. Raises StoreError if there is none, or its format is unknown."""
-        folder = Path(path)
+        folder = as_place(path)
         return Store(folder, read_manifest(folder))
 
     def plan(
@@ -110,7 +110,7 @@ class Store:
 
     def stored(self, name: str) -> Table:
         """The same with its deleted rows, as it is written and as it lies on the disk."""
-        if not (self.path / check_table_name(name)).is_dir():
+        if not has_table(self.path, check_table_name(name)):
             if name == CURVATURE:
                 raise StoreError("this run has no curvature table", where=self.path, do=redo(name))
             query_set = name.partition("/")[2]

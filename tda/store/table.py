@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from hashlib import blake2b
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,16 +15,34 @@ from torch import Tensor
 from tda.errors import StoreError
 from tda.store.arrays import ArraySpec
 from tda.store.encoding import decode_rows, decode_strings
-from tda.store.files import TRAILER, disk, map_file, remove_unfinished
+from tda.store.files import (
+    TRAILER,
+    Place,
+    Stat,
+    list_files,
+    list_folders,
+    map_file,
+    remove_unfinished,
+    stat_file,
+)
 from tda.store.incoming import encode_chunk
-from tda.store.manifest import config_hash, cure, read_manifest, redo, rows_depend_on
+from tda.store.manifest import (
+    CURVATURE,
+    QUERIES,
+    TRAIN,
+    config_hash,
+    cure,
+    read_manifest,
+    redo,
+    rows_depend_on,
+)
 from tda.store.marks import (
     STATIC,
     Entry,
     Mark,
     chunk_mark,
     damage,
-    has_size,
+    have_sizes,
     is_document,
     is_intact,
     read_mark,
@@ -39,6 +55,18 @@ _SETTLED = 2_000_000_000  # ns; a file changed more recently may change again un
 _NUMBERS = frozenset(("rows", "scale", "embedding"))  # read by their own methods
 
 
+def table_names(run: Place) -> list[str]:
+    """``train``, ``curvature`` and ``queries/NAME``, those that are there. Raises StoreError."""
+    there = list_folders(run)
+    sets = {key.partition("/")[0] for key in list_files(run / QUERIES) if "/" in key}
+    single = [name for name in (TRAIN, CURVATURE) if name in there]
+    return single + [f"{QUERIES}/{name}" for name in sorted(sets)]
+
+
+def has_table(run: Place, name: str) -> bool:
+    return bool(list_folders(run / name))
+
+
 class Table:
     """Rows P∇f and what is known of each example, for every checkpoint.
 
@@ -48,20 +76,14 @@ class Table:
     Pickles as (path, name). Raises StoreError if there is no such table or its layout is damaged.
     """
 
-    def __init__(self, path: Path, name: str) -> None:
+    def __init__(self, path: Place, name: str) -> None:
         self.path = path
         self.name = name
         self.folder = path / name
         self.manifest = read_manifest(path)
         self.static = self._open_static()
-        self.specs = {
-            key.partition("/")[0]: ArraySpec.parse(
-                key.partition("/")[0], (self.folder / key).read_bytes()
-            )
-            for key in self.static.files
-            if is_document(key) and key not in ("zarr.json", "done/zarr.json")
-        }
-        self._checked: dict[str, tuple[int, int, int]] = {}
+        self.specs = self._open_specs()
+        self._checked: dict[str, Stat] = {}
 
     def __reduce__(self) -> tuple:
         return Table, (self.path.absolute(), self.name)  # a worker may run in another folder
@@ -73,11 +95,19 @@ class Table:
         mark = read_mark(self.folder / STATIC)
         if mark is None:
             raise self._error("this table is not ready or its mark is damaged", STATIC)
-        for key in filter(is_document, mark.files):
-            fault = damage(self.folder, key, mark.files[key])
-            if fault is not None:
-                raise self._error(f"a metadata document is {fault}", key)
         return mark
+
+    def _open_specs(self) -> dict[str, ArraySpec]:
+        specs = {}
+        for key in filter(is_document, self.static.files):
+            document = map_file(self.folder / key)
+            fault = damage(key, document, self.static.files[key])
+            if fault is not None or document is None:
+                raise self._error(f"a metadata document is {fault}", key)
+            if key not in ("zarr.json", "done/zarr.json"):
+                name = key.partition("/")[0]
+                specs[name] = ArraySpec.parse(name, document.tobytes())
+        return specs
 
     # ---- shape
 
@@ -125,8 +155,13 @@ class Table:
 
     def missing(self) -> list[tuple[int, int]]:
         """(checkpoint, chunk) of all that is unfinished: no valid mark, or a file of other size."""
-        everything = ((c, i) for c in range(self.num_checkpoints) for i in range(self.num_chunks))
-        return [place for place in everything if not self.is_finished(*place)]
+        listed = list_files(self.folder)
+        marks = self.marks(listed)
+        return [
+            place
+            for place in self.places()
+            if place not in marks or not have_sizes(listed, marks[place].files)
+        ]
 
     def require_complete(self) -> None:
         """Raises StoreError, with what finishes it, unless every chunk is finished."""
@@ -140,9 +175,19 @@ class Table:
     def is_finished(self, checkpoint: int, chunk: int) -> bool:
         """Whether a chunk has a valid mark and its files have their sizes."""
         mark = self.mark(checkpoint, chunk)
-        return mark is not None and all(
-            has_size(self.folder, key, entry) for key, entry in mark.files.items()
-        )
+        stats = {} if mark is None else {key: stat_file(self.folder / key) for key in mark.files}
+        there = {key: stat for key, stat in stats.items() if stat is not None}
+        return mark is not None and have_sizes(there, mark.files)
+
+    def places(self) -> list[tuple[int, int]]:
+        """(checkpoint, chunk) of all that there should be."""
+        return [(c, i) for c in range(self.num_checkpoints) for i in range(self.num_chunks)]
+
+    def marks(self, listed: Mapping[str, Stat]) -> dict[tuple[int, int], Mark]:
+        """The valid marks, as :meth:`mark` has them, of a table with these files."""
+        there = [place for place in self.places() if chunk_mark(*place) in listed]
+        found = ((place, self.mark(*place)) for place in there)
+        return {place: mark for place, mark in found if mark is not None}
 
     def mark(self, checkpoint: int, chunk: int) -> Mark | None:
         """The mark of a chunk, or None if it has none that belongs to these data and this run."""
@@ -316,23 +361,19 @@ class Table:
         if spec.per_checkpoint and not 0 <= grid[0] < self.num_checkpoints:
             raise IndexError(f"checkpoint {grid[0]} of {self.num_checkpoints}")
         key = spec.key(*grid)
-        path = self.folder / key
-        try:
-            stat = os.stat(path)
-        except FileNotFoundError:
+        stat = stat_file(self.folder / key)
+        data = None if stat is None else map_file(self.folder / key)
+        if stat is None or data is None:
             self._entry(spec, grid)  # says so if the chunk was never finished
-            raise self._error("a chunk file is missing", key) from None
-        if stat.st_size != spec.num_bytes + TRAILER:
+            raise self._error("a chunk file is missing", key)
+        if stat.size != spec.num_bytes + TRAILER:
             self._entry(spec, grid)
-            raise self._error("a chunk file is torn", key, stat.st_size, spec.num_bytes + TRAILER)
-        with disk(path, "read"):
-            data = map_file(path)
-        signature = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
-        if self._checked.get(key) != signature:
+            raise self._error("a chunk file is torn", key, stat.size, spec.num_bytes + TRAILER)
+        if self._checked.get(key) != stat:
             if not is_intact(key, data, self._entry(spec, grid)):
                 raise self._error("a chunk file was altered", key, "its checksum does not match")
-            if time.time_ns() - stat.st_mtime_ns > _SETTLED:
-                self._checked[key] = signature
+            if time.time_ns() - stat.changed_ns > _SETTLED:
+                self._checked[key] = stat
         return spec.unpack(data[:-TRAILER])
 
     def _entry(self, spec: ArraySpec, grid: tuple[int, ...]) -> Entry:
@@ -347,7 +388,7 @@ class Table:
             raise self._unfinished(f"chunk {grid[1]} of checkpoint {grid[0]}", self.folder / key)
         return mark.files[spec.key(*grid)]
 
-    def _unfinished(self, what: str, where: Path) -> StoreError:
+    def _unfinished(self, what: str, where: object) -> StoreError:
         return StoreError(
             f"{what} of {self.name!r} not computed yet", where=where, do=redo(self.name)
         )

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
-from pathlib import Path
 from typing import Any, Literal
 
 from tda.errors import StoreError
-from tda.store.files import TMP
-from tda.store.manifest import BASES, CURVATURE, NAME, QUERIES, TRAIN, cure, read_manifest, redo
-from tda.store.marks import FOLDER, STATIC, chunk_mark, damage, read_mark, remove_mark
-from tda.store.table import Table
+from tda.store.files import TMP, Place, is_writable, list_files, map_file, read_file, stat_file
+from tda.store.manifest import BASES, NAME, cure, read_manifest, redo
+from tda.store.marks import FOLDER, STATIC, chunk_mark, damage, is_document, read_mark, remove_mark
+from tda.store.table import Table, table_names
 
 _WHAT = {
     "missing": "the file is gone",
@@ -33,7 +31,7 @@ class Fault:
     do: str
 
 
-def find_faults(run: Path, manifest: Mapping[str, Any], withdraw: bool) -> list[Fault]:
+def find_faults(run: Place, manifest: Mapping[str, Any], withdraw: bool) -> list[Fault]:
     """Every fault of a run, sorted by path; see :meth:`tda.store.Store.verify`."""
     faults = [*_manifest_faults(run), *_bases_faults(run, manifest)]
     for name in table_names(run):
@@ -41,49 +39,46 @@ def find_faults(run: Path, manifest: Mapping[str, Any], withdraw: bool) -> list[
     return sorted(faults, key=lambda fault: (fault.path, fault.kind))
 
 
-def _bases_faults(run: Path, manifest: Mapping[str, Any]) -> Iterator[Fault]:
+def _bases_faults(run: Place, manifest: Mapping[str, Any]) -> Iterator[Fault]:
     """A projection fitted to the data has a file; its digest is part of the manifest."""
     digest = manifest["projection"].get("bases_digest")
     if digest is None:
         return
     do = "restore the file from a copy, or index again into a new folder"
-    if not (run / BASES).is_file():
+    data = read_file(run / BASES)
+    if data is None:
         yield Fault(BASES, "missing", _WHAT["missing"], do)
-    elif blake2b((run / BASES).read_bytes(), digest_size=16).hexdigest() != digest:
+    elif blake2b(data, digest_size=16).hexdigest() != digest:
         yield Fault(BASES, "altered", _WHAT["altered"], do)
 
 
-def table_names(run: Path) -> list[str]:
-    """``train``, ``curvature`` and ``queries/NAME``, those that are there."""
-    sets = sorted(path.name for path in (run / QUERIES).glob("*") if (path / FOLDER).is_dir())
-    single = [name for name in (TRAIN, CURVATURE) if (run / name).is_dir()]
-    return single + [f"{QUERIES}/{name}" for name in sets]
-
-
-def _manifest_faults(run: Path) -> Iterator[Fault]:
+def _manifest_faults(run: Place) -> Iterator[Fault]:
     try:
         read_manifest(run)
     except StoreError as error:
-        kind: Literal["missing", "altered"] = "altered" if (run / NAME).exists() else "missing"
+        gone = stat_file(run / NAME) is None
+        kind: Literal["missing", "altered"] = "missing" if gone else "altered"
         yield Fault(NAME, kind, error.what, error.do or "")
-    if (run / (NAME + TMP)).exists():
+    if stat_file(run / (NAME + TMP)) is not None:
         yield Fault(NAME + TMP, "unmarked", "left by an interrupted write", _DELETE)
 
 
 class _TableCheck:
     """One table, checked against its marks, and its marks against the table."""
 
-    def __init__(self, run: Path, name: str, manifest: Mapping[str, Any], withdraw: bool) -> None:
+    def __init__(self, run: Place, name: str, manifest: Mapping[str, Any], withdraw: bool) -> None:
         self.run, self.name, self.folder = run, name, run / name
         self.manifest = manifest
-        writable = os.access(self.folder / FOLDER, os.W_OK)
+        writable = is_writable(self.folder / FOLDER)
         self.withdraw = withdraw and writable
         self.do = redo(name)
         if withdraw and not writable:
             self.do = f"make the folder writable, {cure(run, name)}"
         self.known: set[str] = set()  # files that have been accounted for
         self.bad: set[str] = set()  # marks that have been reported
+        self.withdrawn: set[str] = set()
         self.ready = False
+        self.listed = list_files(self.folder)
 
     def faults(self) -> list[Fault]:
         return [*self._marked(), *self._chunks(), *self._others()]
@@ -93,18 +88,19 @@ class _TableCheck:
 
     def _marked(self) -> Iterator[Fault]:
         """Every mark, and every file a mark names. Needs nothing else to be intact."""
-        for path in sorted((self.folder / FOLDER).glob("*.json")):
-            key = f"{FOLDER}/{path.name}"
-            if path.name == "zarr.json":
+        for key in self.listed:
+            folder, _, name = key.partition("/")
+            if folder != FOLDER or is_document(name) or not name.endswith(".json"):
                 continue
             self.known.add(key)
-            mark = read_mark(path)
+            mark = read_mark(self.folder / key)
             if mark is None:
                 yield self._bad_mark(key, "the mark is damaged")
                 continue
             self.known.update(mark.files)
-            bad = {k: d for k, e in mark.files.items() if (d := damage(self.folder, k, e))}
-            for name, kind in bad.items():
+            found = ((k, damage(k, map_file(self.folder / k), e)) for k, e in mark.files.items())
+            bad = [(k, kind) for k, kind in found if kind is not None]
+            for name, kind in bad:
                 yield self._fault(name, kind, _WHAT[kind])
             if bad:
                 self._take_back(key)
@@ -117,6 +113,7 @@ class _TableCheck:
     def _take_back(self, key: str) -> None:
         if self.withdraw:
             remove_mark(self.folder, key)
+            self.withdrawn.add(key)
 
     def _chunks(self) -> Iterator[Fault]:
         """Every chunk that should be there."""
@@ -137,11 +134,11 @@ class _TableCheck:
 
     def _chunk(self, table: Table, checkpoint: int, chunk: int) -> Iterator[Fault]:
         key = chunk_mark(checkpoint, chunk)
-        files = [name for name in table.keys(checkpoint, chunk) if (self.folder / name).exists()]
+        files = [name for name in table.keys(checkpoint, chunk) if name in self.listed]
         self.known.update(files)
         if key in self.known:
-            here = (self.folder / key).exists() and key not in self.bad
-            if here and table.mark(checkpoint, chunk) is None:
+            taken = key in self.bad or key in self.withdrawn
+            if not taken and table.mark(checkpoint, chunk) is None:
                 yield self._bad_mark(key, "the mark is for other rows than these")
         elif files:
             yield self._fault(key, "unmarked", "files are there, but no mark says they are whole")
@@ -150,11 +147,10 @@ class _TableCheck:
 
     def _others(self) -> Iterator[Fault]:
         """Every file nobody vouches for."""
-        for path in sorted(self.folder.rglob("*")):
-            key = path.relative_to(self.folder).as_posix()
-            if not path.is_file() or key in self.known:
+        for key in self.listed:
+            if key in self.known:
                 continue
-            if path.name.endswith(TMP):
+            if key.endswith(TMP):
                 yield self._fault(key, "unmarked", "left by an interrupted write", _DELETE)
             elif self.ready:
                 yield self._fault(key, "unmarked", "no mark names this file", "delete it")

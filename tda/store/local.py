@@ -1,0 +1,203 @@
+"""A folder of this machine: files are written whole or not at all, and flushed.
+
+A file that is being written is called ``<name>.tmp``; the name is fixed, so that a writer that
+was killed leaves nothing that its successor does not overwrite. Workers of a cluster, of which two
+may write the same chunk, have names of their own (`write_apart`), and whoever gave out the work
+removes what they left.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import shutil
+import socket
+from collections.abc import Hashable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+
+from tda.errors import StoreError
+
+TMP = ".tmp"
+_own = ""  # what tells this process's unfinished files from those of others
+
+Parts: TypeAlias = tuple[bytes | memoryview, ...]
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+class Stat(NamedTuple):
+    """Bytes of a file, when it was last changed, and a stamp that every change makes another."""
+
+    size: int
+    changed_ns: int
+    stamp: Hashable
+
+
+@contextmanager
+def disk(path: object, doing: str) -> Iterator[None]:
+    """Turns an OSError into a StoreError that says what to do. ``doing``: write, read, delete."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            what = "the disk is full"
+            do = "free some space and run the same command again: what is finished is kept"
+        elif error.errno in _FORBIDDEN and doing != "read":
+            what = "the folder cannot be written"
+            do = "choose a folder that you may write to, or change its permissions"
+        else:
+            what = f"cannot {doing} this file"
+            do = "check the disk and the path, then run the same command again"
+        raise StoreError(what, where=path, found=error.strerror or error, do=do) from error
+
+
+def stat(path: Path) -> Stat | None:
+    """None where there is no such file. Raises StoreError."""
+    with disk(path, "read"):
+        try:
+            found = os.stat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+    return _stat(found)
+
+
+def _stat(found: os.stat_result) -> Stat:
+    return Stat(found.st_size, found.st_mtime_ns, found.st_ino)
+
+
+def walk(folder: Path) -> Iterator[tuple[str, Stat]]:
+    """Every file below a folder, as its key and what it is. Raises StoreError."""
+    todo = [("", folder)]
+    while todo:
+        prefix, here = todo.pop()
+        with disk(here, "read"):
+            try:
+                entries = list(os.scandir(here))
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+        for entry in entries:
+            if entry.is_dir():
+                todo.append((f"{prefix}{entry.name}/", Path(entry.path)))
+            else:
+                with suppress(FileNotFoundError), disk(Path(entry.path), "read"):
+                    yield prefix + entry.name, _stat(entry.stat())
+
+
+def folders(folder: Path) -> list[str]:
+    """Names of the folders in a folder. Raises StoreError."""
+    with disk(folder, "read"):
+        try:
+            return [entry.name for entry in os.scandir(folder) if entry.is_dir()]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+
+def map_file(path: Path) -> np.ndarray:
+    """The bytes of a file, mapped; a change to the array stays in memory. Raises OSError."""
+    with path.open("rb") as file:
+        if not os.fstat(file.fileno()).st_size:  # nothing cannot be mapped
+            return np.empty(0, np.uint8)
+        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)
+
+
+def write_apart() -> None:
+    """From here on others may be writing the files that this process writes, to the same bytes."""
+    global _own
+    _own = f".{socket.gethostname()}-{os.getpid()}"
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(f"{path.name}{_own}{TMP}")
+
+
+def remove_unfinished(folder: Path) -> None:
+    """What killed writers left anywhere in a folder. Raises StoreError."""
+    with disk(folder, "delete"):
+        for left in folder.rglob(f"*{TMP}"):
+            left.unlink(missing_ok=True)
+
+
+def write(folder: Path, files: Iterable[tuple[str, Parts | None]]) -> None:
+    """Make each file ``folder / key`` hold its parts, one after the other; durable on return.
+
+    None: the file is there already, make sure of it. All are written before the first is flushed:
+    one journal commit serves them all. Raises StoreError (disk full, unwritable folder).
+    """
+    written: dict[Path, Path] = {}
+    kept: list[Path] = []
+    path = folder
+    top = next(above for above in (folder, *folder.parents) if above.exists())
+    try:
+        for key, parts in files:
+            path = folder / key
+            if parts is None:
+                kept.append(path)
+                continue
+            with disk(path, "write"):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                written[path] = _unfinished(path)
+                _write(written[path], parts)
+        with disk(path, "write"):
+            for name in (*written.values(), *kept):
+                _flush(name)
+            for final, tmp in written.items():
+                tmp.replace(final)
+            for final in kept:
+                _unfinished(final).unlink(missing_ok=True)
+            for name in _folders(top, (*written, *kept)):
+                _flush(name)
+    except StoreError:
+        for tmp in written.values():
+            with suppress(OSError):  # the first error is the one to tell
+                tmp.unlink(missing_ok=True)
+        raise
+
+
+def _write(path: Path, parts: Parts) -> None:
+    with path.open("wb") as file:
+        for part in parts:
+            file.write(part)
+
+
+def _folders(top: Path, paths: Iterable[Path]) -> list[Path]:
+    """The folders of ``paths`` up to the one that holds ``top``, innermost first."""
+    found = {top.parent}
+    for path in paths:
+        for folder in path.parents:
+            if folder in found:
+                break
+            found.add(folder)
+    return sorted(found, key=lambda folder: -len(folder.parts))
+
+
+def remove(path: Path) -> None:
+    """Delete a file if it is there; durable on return. Raises StoreError."""
+    with disk(path, "delete"):
+        if path.exists():
+            path.unlink()
+            _flush(path.parent)
+
+
+def remove_tree(folder: Path) -> None:
+    """Delete a folder and all in it, if it is there. Raises StoreError."""
+    with disk(folder, "delete"):
+        if folder.exists():
+            shutil.rmtree(folder)
+
+
+def _flush(path: Path) -> None:
+    """Bytes of a file, or names in a folder, to the disk. Raises OSError."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:  # some network file systems cannot flush a folder
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
