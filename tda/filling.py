@@ -43,7 +43,7 @@ class Filling:
 
     @cached_property
     def table(self) -> Table:
-        return self.run.store.table(self.name)
+        return self.run.store.stored(self.name)
 
     @cached_property
     def _compute(self) -> Filler:
