@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib import import_module
 from typing import Any
 
-from tda.errors import ConfigError
+from tda.integrations.partner import partner
 
 
 def frame(columns: Mapping[str, Any]) -> Any:
@@ -14,12 +13,4 @@ def frame(columns: Mapping[str, Any]) -> Any:
 
     Raises ConfigError where pandas is not installed.
     """
-    try:
-        pandas = import_module("pandas")
-    except ImportError as error:
-        raise ConfigError(
-            "a table needs pandas",
-            found="pandas is not installed",
-            do="pip install pandas; every number is also an array of the result",
-        ) from error
-    return pandas.DataFrame(dict(columns))
+    return partner("pandas", "pandas").DataFrame(dict(columns))
