@@ -29,8 +29,8 @@ class HarmfulValueIssueManager(_Manager):
     """An issue is an example whose value is reliably below zero (the flag "harmful").
 
     Its score is the share of examples worth less, ties by half: near 0 for the most harmful. An
-    example that is not in the run scores 1. ``lab.get_info("harmful_value")`` also has value, ci_lo,
-    ci_hi and flags of every example.
+    example that is not in the run scores 1. ``lab.get_info("harmful_value")`` also has value,
+    ci_lo, ci_hi and flags of every example.
     """
 
     description = (
