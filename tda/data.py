@@ -2,8 +2,9 @@
 
 An example is what ``dataset[i]`` returns: a tuple ``(input, target)``, a dict with ``input`` and
 ``target``, or a Hugging Face style dict (``input_ids``, ``attention_mask``, ``labels``, …).
-In a dict the keys ``id``, ``source``, ``group``, ``text`` and ``image`` ride along: they are kept
-with the run and shown in the report, and never reach the model.
+In a dict the keys ``id``, ``source``, ``group``, ``text``, ``image`` and ``row`` (the numbers of a
+tabular example) ride along: they are kept with the run and shown in the report, and never reach the
+model.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch.utils.data import TensorDataset, default_collate
 
 from tda.errors import DataError
 
-RIDE_ALONG = ("id", "source", "group", "text", "image")
+RIDE_ALONG = ("id", "source", "group", "text", "image", "row")
 _TARGETS = ("target", "labels", "label")
 _DIGEST_BYTES = 16
 _MAX_TEXT = 2000
@@ -43,7 +44,7 @@ class Examples:
     """What is known of a data set without its model.
 
     ids: ``[example]`` unique strings; digests: ``[example, 16]`` uint8, of what the model sees;
-    columns: those of ``label``, ``source``, ``group``, ``text``, ``image`` that are present.
+    columns: those of ``label``, ``source``, ``group``, ``text``, ``image``, ``row`` that are there.
     """
 
     ids: np.ndarray
@@ -262,9 +263,7 @@ def describe(dataset: Dataset, tick: Callable[[int], None] = lambda count: None)
                 extras.setdefault(name, [None] * len(dataset))[index] = value
             tick(1)
     columns: dict[str, np.ndarray] = {
-        name: _column(name, extras[name])
-        for name in ("label", "source", "group", "text", "image")
-        if name in extras
+        name: _column(name, extras[name]) for name in ("label", *RIDE_ALONG[1:]) if name in extras
     }
     return Examples(_ids(extras.get("id"), digests), digests, columns)
 
@@ -314,7 +313,23 @@ def _column(name: str, values: list[Any]) -> np.ndarray:
         return labels.astype(np.int64 if whole else np.float32)
     if name == "image":
         return _pictures(values)
+    if name == "row":
+        return _rows(values)
     return np.array(["" if v is None else str(v)[:_MAX_TEXT] for v in values], dtype=np.str_)
+
+
+def _rows(values: list[Any]) -> np.ndarray:
+    """float32 ``[example, feature]``; an example without numbers has NaN."""
+    rows = [None if v is None else np.asarray(v, np.float32).reshape(-1) for v in values]
+    widths = {row.size for row in rows if row is not None}
+    if len(widths) != 1 or 0 in widths:
+        raise DataError(
+            "the rows that ride along cannot be kept",
+            found=f"rows of {', '.join(map(str, sorted(widths)))} numbers",
+            wanted="the same numbers, one or more, of every example",
+        )
+    missing = np.full(widths.pop(), np.nan, np.float32)
+    return np.stack([missing if row is None else row for row in rows])
 
 
 def _pictures(values: list[Any]) -> np.ndarray:

@@ -86,7 +86,7 @@ def names(n: int, prefix: str, hostile: bool) -> np.ndarray:
 
 
 def examples(n: int, prefix: str, shows: str = "text", hostile: bool = False) -> Examples:
-    """Examples of four labels and three sources, shown as text or as pictures."""
+    """Examples of four labels and three sources, shown as text, pictures or rows of numbers."""
     rng = np.random.default_rng(n)
     sources = HOSTILE[:3] if hostile else ("alpha", "beta", "gamma")
     columns: dict[str, np.ndarray] = {
@@ -95,6 +95,8 @@ def examples(n: int, prefix: str, shows: str = "text", hostile: bool = False) ->
     }
     if shows == "text":
         columns["text"] = np.array([f"a text about {name}" for name in names(n, prefix, hostile)])
+    if shows == "row":
+        columns["row"] = rng.normal(size=(n, 5)).astype(np.float32)
     if shows == "image":
         columns["image"] = rng.integers(0, 256, (n, 6, 6), dtype=np.uint8)
     digests = rng.integers(0, 256, (n, 16), dtype=np.uint8)

@@ -12,6 +12,7 @@ from torch.utils.data import TensorDataset
 import tda
 from tda import data as reading
 from tda.data import as_dataset, batches, describe
+from tda.errors import DataError
 
 NUM = 11
 _images = torch.randn(NUM, 2, 3)
@@ -90,3 +91,29 @@ def test_a_model_that_changes_its_input_does_not_change_the_data(tmp_path):
     before = _images.clone()
     tda.index(tda.Task(model), (_images, _labels), tmp_path / "run", progress=False)
     assert torch.equal(_images, before)
+
+
+def test_a_tabular_examples_numbers_ride_along_and_are_no_input(tmp_path):
+    """Shown in the report and the explorer; what the model sees, and so the ids, stay the same."""
+    numbers = torch.randn(NUM, 3).double()
+    given = {"input": _images, "target": _labels}
+    with_rows = describe(as_dataset({**given, "row": numbers.numpy()}))
+    np.testing.assert_array_equal(with_rows.columns["row"], numbers.float().numpy())
+    assert with_rows.columns["row"].dtype == np.float32
+    assert with_rows.ids.tolist() == describe(as_dataset(given)).ids.tolist()
+    run = tda.index(
+        tda.Task(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(6, 2))),
+        [{"input": x, "target": y % 2, "row": [*row, 7]}
+         for x, y, row in zip(_images, _labels, numbers.tolist(), strict=True)],
+        tmp_path / "run",
+        progress=False,
+    )  # fmt: skip
+    stored = tda.open(tmp_path / "run").store.table("train").column("row")
+    wanted = np.column_stack([numbers.float().numpy(), np.full(NUM, 7)])
+    np.testing.assert_array_equal(stored, wanted)
+    assert run.store.table("train").columns().count("row") == 1
+
+
+def test_rows_of_different_lengths_are_refused():
+    with pytest.raises(DataError, match="rows that ride along"):
+        describe([{"input": torch.zeros(2), "row": [1.0] * (1 + i)} for i in range(2)])

@@ -1,4 +1,5 @@
-// The page is complete without this. With it, tables sort and queries can be searched.
+// The page is complete without this. With it, tables sort and filter, and queries can be
+// searched (the key / goes there).
 "use strict";
 (() => {
   const number = (cell) => {
@@ -37,6 +38,30 @@
     });
   }
 
+  // Long tables can be narrowed to the rows that hold some words.
+  for (const table of document.querySelectorAll("table.sortable")) {
+    const rows = [...table.tBodies[0].rows];
+    if (rows.length < 8) continue;
+    const words = new Map(rows.map((row) => [row, row.textContent.toLowerCase()]));
+    const line = document.createElement("p");
+    const label = document.createElement("label");
+    const field = document.createElement("input");
+    const left = document.createElement("output");
+    line.className = "tools";
+    field.type = "search";
+    field.autocomplete = "off";
+    left.setAttribute("aria-live", "polite");
+    label.append("Filter ", field);
+    line.append(label, left);
+    table.before(line);
+    field.addEventListener("input", () => {
+      const wanted = field.value.trim().toLowerCase();
+      for (const row of rows) row.hidden = !words.get(row).includes(wanted);
+      const shown = rows.filter((row) => !row.hidden).length;
+      left.textContent = wanted ? `${shown} of ${rows.length}` : "";
+    });
+  }
+
   const tools = document.querySelector("form.tools");
   const cards = document.querySelector(".cards");
   if (!tools || !cards || cards.children.length < 2) return;
@@ -59,6 +84,12 @@
   });
   document.getElementById("order").addEventListener("change", (event) => {
     cards.append(...[...queries].sort(by[event.target.value]));
+  });
+  document.addEventListener("keydown", (event) => {
+    const typing = event.target.closest("input, select, textarea");
+    if (event.key !== "/" || typing || event.ctrlKey || event.metaKey || event.altKey) return;
+    event.preventDefault();
+    document.getElementById("find").focus();
   });
   tools.addEventListener("submit", (event) => event.preventDefault());
   tools.hidden = false;

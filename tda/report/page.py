@@ -27,6 +27,7 @@ from tda.report.summary import (
     summarise,
     suspects_with_highest_loss,
 )
+from tda.report.tokens import Words
 from tda.report.trust import RULE
 from tda.report.words import headline, limits, reading
 from tda.store.files import write_file
@@ -65,6 +66,7 @@ def render(data: ReportData) -> str:
             script=Markup(script),
             script_hash=_sha256(script),
             pictures=Pictures(data),
+            words=Words(_texts(data)),
             score_unit=numbers.unit_exponent(s.score for s in answers),
             value_unit=value_unit,
             self_unit=numbers.unit_exponent(s.score for s in data.suspects),
@@ -205,6 +207,14 @@ def _strongest(answers: Query | Iterable[Scored]) -> float:
     if isinstance(answers, Query):
         answers = (*answers.proponents, *answers.opponents)
     return max((abs(scored.score) for scored in answers), default=0.0) or 1.0
+
+
+def _texts(data: ReportData) -> list[str]:
+    """Each text of the queries shown and of their answers, once."""
+    shown = {id(s.example): s.example for q in data.queries
+             for s in (*q.proponents, *q.opponents, *q.nearest)}  # fmt: skip
+    examples = [*(query.example for query in data.queries), *shown.values()]
+    return [example.text for example in examples if example.text is not None]
 
 
 def _matrix_unit(data: ReportData) -> int:

@@ -18,7 +18,12 @@ COLUMNS = ("loss", "p", "slope", "curvature", "grad_norm")  # one number an exam
 CHECKPOINT = "checkpoint"
 
 _FILL = {"uint16": 0x7FC0, "float32": np.nan, "int8": 0, "uint8": 0, "int64": 0}  # 0x7FC0: bf16 NaN
-_AXES = {"label": ("class",), "digest": ("byte",), "image": ("height", "width", "channel")}
+_AXES = {
+    "label": ("class",),
+    "digest": ("byte",),
+    "image": ("height", "width", "channel"),
+    "row": ("feature",),
+}
 _STATIC_CHUNK = 16 * 2**20  # bytes; pictures and texts may be far larger than rows
 
 

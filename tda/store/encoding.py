@@ -73,8 +73,8 @@ def decode_strings(stored: np.ndarray) -> np.ndarray:
 def encode_column(name: str, values: np.ndarray) -> tuple[np.ndarray, str]:
     """(array ``[n, ...]`` as stored, its encoding) of what is known of each example.
 
-    Strings become UTF-8, whole numbers int64, others float32; ``digest`` and ``image`` are uint8
-    as they are. Raises DataError for anything else.
+    Strings become UTF-8, whole numbers int64, others float32 (``row`` is ``[n, feature]``);
+    ``digest`` and ``image`` are uint8 as they are. Raises DataError for anything else.
     """
     values = np.asarray(values)
     kind = values.dtype.kind
@@ -82,7 +82,7 @@ def encode_column(name: str, values: np.ndarray) -> tuple[np.ndarray, str]:
         shaped = values.ndim == 2 if name == "digest" else _is_picture(values)
         if values.dtype == np.uint8 and shaped:
             return values, ""
-    elif values.ndim > 2 or (values.ndim == 2 and name != "label"):
+    elif values.ndim > 2 or (values.ndim == 2 and name not in ("label", "row")):
         pass  # refused below
     elif kind in "UT" or (kind == "O" and all(isinstance(value, str) for value in values)):
         return encode_strings(values, name), "utf-8"

@@ -34,7 +34,7 @@ from tda.store.table import Table
 
 Static = Mapping[str, tuple[np.ndarray, str]]
 
-# ``text`` and ``image`` show the content, of which the digest is compared.
+# ``text``, ``image`` and ``row`` show the content, of which the digest is compared.
 _COMPARED = ("digest", "label", "source", "group")
 _AXES = {TRAIN: "train", QUERIES: "query", CURVATURE: "row"}
 _RESERVED = {"rows", "scale", "embedding", "done", "id", "digest", *COLUMNS}
