@@ -41,20 +41,26 @@ class Outer:
 
     def rows(self, start: int, stop: int) -> Tensor:
         """G[start:stop] at each example, ``[example, stop-start, I]`` float32."""
-        left, right = self.left.float(), self.right.float()
+        left, right = self._alike()
         if left.shape[2] == 1:
-            return torch.bmm(left[:, :, 0, start:stop].mT, right[:, :, 0])
+            return torch.bmm(left[:, :, 0, start:stop].mT, right[:, :, 0]).float()
         whole = torch.einsum("btgo,btgi->bgoi", left, right)
-        return whole.flatten(1, 2)[:, start:stop]
+        return whole.flatten(1, 2)[:, start:stop].float()
+
+    def _alike(self) -> tuple[Tensor, Tensor]:
+        """Both sides in the type they are multiplied in: float32, or bfloat16 as in autocast,
+        where a plain backward pass would round both too."""
+        short = torch.bfloat16 in (self.left.dtype, self.right.dtype)
+        kind = torch.bfloat16 if short else torch.float32
+        return self.left.to(kind), self.right.to(kind)
 
     def compress(self, left_basis: Tensor, right_basis: Tensor) -> Tensor:
         """``[example, m, r]`` from bases ``[m, O]`` and ``[r, I]``."""
-        num_groups, size = self.left.shape[2:]
-        left = torch.einsum(
-            "mgo,btgo->btgm", left_basis.reshape(-1, num_groups, size), self.left.float()
-        )
-        right = self.right.flatten(1, 2).float() @ right_basis.T
-        return torch.bmm(left.flatten(1, 2).mT, right)
+        left, right = self._alike()
+        num_groups, size = left.shape[2:]
+        basis = left_basis.to(left.dtype).reshape(-1, num_groups, size)
+        turned = torch.einsum("mgo,btgo->btgm", basis, left).flatten(1, 2)
+        return torch.bmm(turned.mT, right.flatten(1, 2) @ right_basis.to(right.dtype).T).float()
 
     def square_norm(self) -> Tensor | None:
         """‖G‖² ``[example]`` = Σ_ts ⟨left_t, left_s⟩⟨right_t, right_s⟩, where that is cheaper."""
@@ -66,8 +72,16 @@ class Outer:
 
     def gram_square_norm(self) -> Tensor:
         """The same of one group, whatever it costs."""
-        left, right = self.left[:, :, 0].float(), self.right[:, :, 0].float()
-        return (torch.bmm(left, left.mT) * torch.bmm(right, right.mT)).sum((1, 2))
+        left, right = (side[:, :, 0] for side in self._alike())
+        if left.shape[1] == 1:
+            return (_norm(left) * _norm(right)).square()
+        grams = torch.bmm(left, left.mT).float(), torch.bmm(right, right.mT).float()
+        return (grams[0] * grams[1]).sum((1, 2))
+
+
+def _norm(vector: Tensor) -> Tensor:
+    """``[example]`` from ``[example, 1, size]``."""
+    return torch.linalg.vector_norm(vector, dim=(1, 2), dtype=torch.float32)
 
 
 @dataclass(frozen=True)

@@ -183,6 +183,7 @@ def convolution(call: Call, grad: Tensor) -> Iterator[tuple[Any, Factor]]:
     if x.ndim != weight.ndim:
         raise InseparableError("a convolution without a batch axis")
     left = call.positions(grad.movedim(1, -1))
+    x = x.to(grad.dtype)  # as autocast had it, before it is copied many times
     patches = _patches(x, weight.shape[2:], stride or 1, padding or 0, dilation or 1)
     # [N, C, *kernel, *out] -> [example, position, group, (C/groups)·kernel], a view: positions stay
     # next to each other, so that whole lines of the input are copied.

@@ -14,7 +14,7 @@ from tda.gradients import Dense, Factor, Lookup, Outer
 
 Shapes = Mapping[str, tuple[int, int]]  # each parameter as a matrix [O, I]
 _TILE_FLOATS = 2**20  # one tile of gradients: 4 MiB
-_FEW = 4  # examples of a tile, at least: each costs the overhead of a tile again
+_FEW = 8  # examples of a tile, at least: each costs the overhead of a tile again
 
 
 def random_bits(count: int, seed: int, name: str, role: str) -> np.ndarray:
