@@ -15,6 +15,7 @@ from fastapi.testclient import TestClient
 from report_run import Page
 
 import tda.explorer.asking as asking
+from tda.config import QuerySection
 from tda.errors import RecipeError
 from tda.explorer import Explorer, create_app
 from tda.recipes import RECIPES
@@ -206,7 +207,7 @@ def test_a_question_is_computed_once(made, monkeypatch):
 
 def test_what_a_run_cannot_answer_is_listed_with_what_to_do(web):
     recipes = {recipe["name"]: recipe for recipe in got(web, "recipes")}
-    assert set(recipes) == set(RECIPES)
+    assert set(recipes) == {"auto", *RECIPES}
     for name, needs in (("influence_gn", "add_curvature"), ("less", "metric")):
         assert not recipes[name]["available"]
         assert needs in str(recipes[name]["obstacle"])
@@ -351,9 +352,25 @@ def test_a_run_without_query_sets_says_so(tmp_path):
     assert web.get("/self-influence").status_code == 200
 
 
+def test_auto_is_the_recipe_that_the_run_chooses_and_not_the_plain_one_of_its_name(made: Made):
+    """By the margin of the query, where plain influence goes by its loss."""
+    explorer = Explorer(made.run, QuerySection(recipe="auto"))
+    web = client(explorer)
+    chosen = made.run.recipe("auto")
+    assert chosen != made.run.recipe(chosen.name)
+    found = got(web, "sets/test/queries/1", k=3)
+    assert found["explained"] == chosen.explain()
+    scores = np.asarray(made.run.scores("test", "auto"))[1]
+    assert [each["score"] for each in found["proponents"]] == pytest.approx(
+        np.sort(scores)[::-1][:3].tolist(), rel=1e-5
+    )
+    assert '<option value="auto" selected>' in web.get("/?query=1").text
+    assert got(web, "run")["default_recipe"] == "auto"
+
+
 def test_dampings_out_of_reach_are_refused_not_answered_with_nonsense(made):
     with pytest.raises(RecipeError):
-        asking.recipe_with("influence", -1.0)
+        Explorer(made.run).recipe("influence", -1.0)
 
 
 def test_nothing_is_served_but_the_run(web, made: Made):

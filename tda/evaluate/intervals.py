@@ -61,6 +61,13 @@ def spearman_of(left: np.ndarray, right: np.ndarray) -> Statistic:
     return lambda counts: correlation(a.centred(counts), b.centred(counts), counts)
 
 
+def spearman(left: np.ndarray, right: np.ndarray) -> float:
+    """Spearman's ρ of two vectors; NaN when one of them is constant and ranks nothing."""
+    if np.ptp(left) == 0 or np.ptp(right) == 0:
+        return float("nan")
+    return float(spearman_of(left[:, None], right[:, None])(np.ones(len(left)))[0])
+
+
 def pearson_of(left: np.ndarray, right: np.ndarray) -> Statistic:
     """Pearson's r of the columns of two matrices ``[subset, query]``, by counts of the subsets."""
     a, b = (np.ascontiguousarray(np.asarray(x, np.float64).T) for x in (left, right))
@@ -72,7 +79,10 @@ def pearson_of(left: np.ndarray, right: np.ndarray) -> Statistic:
 
 
 def correlation(a: np.ndarray, b: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Σ c a b / √(Σ c a² Σ c b²) of centred rows ``[query, subset]``; 0 where one is constant."""
+    """Σ c a b / √(Σ c a² Σ c b²) of centred rows ``[query, subset]``.
+
+    0 where one is constant: in a mean over queries it foretells nothing, and must not drop out.
+    """
     weighted = a * counts
     product = np.einsum("qs,qs->q", weighted, b)
     size = np.einsum("qs,qs->q", weighted, a) * np.einsum("qs,s,qs->q", b, counts, b)

@@ -36,7 +36,6 @@ from tda.explorer.schema import (
 )
 from tda.explorer.shown import Shown, decide, listed_marks, mark_out
 from tda.explorer.uploads import add_query, kinds
-from tda.recipes import RECIPES
 from tda.report.pictures import png
 
 Name = Annotated[str, Path(max_length=MAX_NAME, description="A query set.")]
@@ -116,7 +115,7 @@ def _describe(api: APIRouter, explorer: Explorer, marks: Marks) -> None:
                 available=found[name] is None,
                 obstacle=None if (error := found[name]) is None else fault_of(error),
             )
-            for name, recipe in RECIPES.items()
+            for name, recipe in explorer.recipes.items()
         ]
 
     @api.get("/sets/{name}/queries")

@@ -31,7 +31,8 @@ from tda.recipe.requirements import (
     require_rows,
     segments,
 )
-from tda.recipes import RECIPES, get_recipe
+from tda.recipes import RECIPES
+from tda.recipes.auto import AUTO
 from tda.run import Run
 from tda.scorer import Prepared
 from tda.scorer.candidates import SAMPLE, RowIndex
@@ -90,8 +91,8 @@ class Explorer:
     ) -> None:
         require_train(run.path)
         self.run = run
-        given = defaults or QuerySection()
-        self.defaults = given.model_copy(update={"recipe": run.recipe(given.recipe).name})
+        self.defaults = defaults or QuerySection()
+        run.recipe(self.defaults.recipe)  # an unknown name is an error now, not at the first page
         self.make_example = make_example
         self.library = Library(run.path)
         self.writing = Lock()  # one upload at a time
@@ -114,6 +115,16 @@ class Explorer:
 
     # ---- recipes
 
+    @property
+    def recipes(self) -> dict[str, Recipe]:
+        """Every recipe by name, and before them "auto": the one that suits this run best."""
+        return {AUTO: self.run.recipe(AUTO), **RECIPES}
+
+    def recipe(self, name: str, damping: float | Literal["auto"] = "auto") -> Recipe:
+        """A recipe by name with a damping of its own. Raises RecipeError."""
+        recipe = self.run.recipe(name)
+        return recipe if damping == "auto" else replace(recipe, damping=damping)
+
     def obstacle(self, recipe: Recipe) -> TdaError | None:
         """Why this run cannot answer with a recipe; None if it can."""
         store = self.store
@@ -134,7 +145,7 @@ class Explorer:
         """Every recipe's name with what is in its way."""
         key = ("obstacles", self.library.stamp("train"), self.library.stamp("curvature"))
         return self._held.get(
-            key, lambda: {name: self.obstacle(recipe) for name, recipe in RECIPES.items()}
+            key, lambda: {name: self.obstacle(recipe) for name, recipe in self.recipes.items()}
         )
 
     # ---- scores
@@ -308,12 +319,6 @@ class Explorer:
             products *= weights[indices].double()[:, None]
             total += torch.stack([products[:, columns].sum(1) for _, columns in self.layers])
         return total.float().numpy()
-
-
-def recipe_with(name: str, damping: float | Literal["auto"]) -> Recipe:
-    """A recipe by name with a damping of its own. Raises RecipeError."""
-    recipe = get_recipe(name)
-    return recipe if damping == "auto" else replace(recipe, damping=damping)
 
 
 def extremes(scores: np.ndarray, k: int, kept: np.ndarray | None = None) -> tuple[Ranked, Ranked]:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tda.evaluate.intervals import spearman
 from tda.explorer.asking import Explorer, Question, Ranked, extremes
 from tda.explorer.library import COLUMNS, Shelf
 from tda.recipe import Recipe
-from tda.report.agreement import spearman
 
 
 @dataclass(frozen=True)

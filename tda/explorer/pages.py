@@ -19,7 +19,7 @@ from starlette.concurrency import run_in_threadpool
 import tda.report
 from tda.errors import DataError, TdaError
 from tda.explorer.api import run_card
-from tda.explorer.asking import Explorer, Question, Ranked, Search, extremes, recipe_with
+from tda.explorer.asking import Explorer, Question, Ranked, Search, extremes
 from tda.explorer.comparing import compare, group_view
 from tda.explorer.faults import fault_of, status_of
 from tda.explorer.library import AbsentError, Shelf
@@ -29,7 +29,6 @@ from tda.explorer.shown import decide, listed_marks
 from tda.explorer.state import Asked
 from tda.explorer.uploads import kinds
 from tda.recipe import Recipe
-from tda.recipes import RECIPES
 from tda.report.data import Example, Scored
 from tda.report.page import environment
 
@@ -88,9 +87,8 @@ class Pages:
         return self._damped(asked.recipe or self.explorer.defaults.recipe, asked.damping)
 
     def _damped(self, name: str, damping: Any) -> Recipe:
-        known = RECIPES.get(name)
-        useless = known is not None and known.curvature == "identity"
-        return recipe_with(name, "auto" if useless else damping)
+        useless = self.explorer.recipe(name).curvature == "identity"
+        return self.explorer.recipe(name, "auto" if useless else damping)
 
     def other(self, asked: Asked) -> Recipe:
         """The recipe to compare with: one that this run can answer with."""
@@ -162,7 +160,7 @@ class Pages:
             "run": explorer.path.resolve().name,
             "num_train": train.num_rows,
             "sets": explorer.library.query_sets(),
-            "recipes": RECIPES,
+            "recipes": explorer.recipes,
             "obstacles": explorer.obstacles(),
             "recipe_name": recipe,
             "choices": train.choices(),

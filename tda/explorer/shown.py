@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from tda.explorer.asking import Explorer, Ranked, recipe_with
+from tda.explorer.asking import Explorer, Ranked
 from tda.explorer.library import Shelf
 from tda.explorer.marks import Mark, Marks
 from tda.explorer.schema import ExampleOut, MarkIn, MarkOut, ScoredOut
@@ -21,7 +21,7 @@ class Shown:
         self.marks = marks
 
     def recipe(self, name: str | None, damping: float | Literal["auto"]) -> Recipe:
-        return recipe_with(name or self.explorer.defaults.recipe, damping)
+        return self.explorer.recipe(name or self.explorer.defaults.recipe, damping)
 
     def train(self, index: int) -> ExampleOut:
         shelf = self.explorer.library.train

@@ -3,17 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.stats import rankdata
 
+from tda.evaluate.intervals import spearman
 from tda.report.data import Agreement, Query
-
-
-def spearman(left: np.ndarray, right: np.ndarray) -> float:
-    """Rank correlation of two vectors, ties averaged; NaN when one of them is constant."""
-    a, b = rankdata(left), rankdata(right)
-    a, b = a - a.mean(), b - b.mean()
-    size = float(np.sqrt((a @ a) * (b @ b)))
-    return float(a @ b) / size if size > 0 else float("nan")
 
 
 def rank_agreement(left: str, right: str, a: np.ndarray, b: np.ndarray) -> tuple[Agreement, ...]:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tda.valuation import concentration
+from tda.valuation import Concentration, concentration
 
 if TYPE_CHECKING:
     from tda.report.decisions import Decisions
@@ -141,17 +142,10 @@ class Values:
             return None
         return int(np.count_nonzero((self.mean < 0) & (-self.mean > CLEAR * self.error)))
 
-    def top_share(self, fraction: float) -> float:
-        """Share of Σ|value| carried by the ``fraction`` of examples with the largest |value|."""
-        size = np.sort(np.abs(self.mean.astype(np.float64)))[::-1]
-        total = size.sum()
-        count = max(1, round(fraction * size.size))
-        return float(size[:count].sum() / total) if total > 0 else 0.0
-
-    @property
-    def gini(self) -> float:
-        """Gini coefficient of |value|: 0 when all weigh the same, towards 1 when one has all."""
-        return concentration(self.mean).gini
+    @cached_property
+    def concentration(self) -> Concentration:
+        """How unevenly |value| is spread over the training examples."""
+        return concentration(self.mean)
 
 
 @dataclass(frozen=True)

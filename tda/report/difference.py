@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from tda.errors import StoreError
-from tda.report.agreement import spearman
+from tda.evaluate.intervals import spearman
 from tda.report.artifacts import flag_lists
 from tda.report.data import Example, ReportData
 from tda.report.examples import MAX_ID, clean

@@ -14,11 +14,10 @@ import numpy as np
 from tda import scorer, valuation
 from tda.errors import MismatchError, TdaError
 from tda.evaluate.comparison import Row, compare
-from tda.evaluate.intervals import Estimate
+from tda.evaluate.intervals import Estimate, spearman
 from tda.evaluate.record import FOLDER, GroundTruth
 from tda.recipe import Recipe
 from tda.recipes import RECIPES
-from tda.report.agreement import spearman
 from tda.store.files import list_folders, stat_file
 from tda.valuation.faults import gradient_neighbours
 from tda.valuation.last_rows import embeddings
