@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import threading
 import time
@@ -144,6 +145,54 @@ def test_slash_searches_and_help_opens_and_closes(page, address):
     page.wait_for_selector("#help[open]")
     page.keyboard.press("Escape")
     page.wait_for_selector("#help:not([open])", state="attached")
+
+
+def test_from_a_group_to_its_examples_to_a_decision_to_the_exported_list(page, served, tmp_path):
+    """The way of whoever looks after the data, by mouse, from the first page to the file."""
+    made = make_run(tmp_path / "run")
+    page.goto(f"{served(made)}/?query=2&recipe=grad_dot")
+    page.click("nav >> text=Groups")
+    page.click("section:has(h2:text('By source')) a >> text=beta")
+    page.wait_for_selector('[data-side="proponents"] li')
+    assert page.input_value('select[name="source"]') == "beta"
+    mine = made.grad_dot[2].copy()
+    mine[[i for i in range(len(mine)) if i % 3 != 1]] = -np.inf  # sources go round: alpha, beta, …
+    wanted = [f"train-{i}" for i in np.argsort(-mine) if mine[i] > 0][:10]
+    assert first_ids(page) == wanted
+    page.click('[data-side="proponents"] li:first-child .marker')
+    page.check('#marking [value="remove"]')
+    page.fill('#marking [name="note"]', "seen twice")
+    page.click("#marking button[type=submit]")
+    page.wait_for_selector('[data-side="proponents"] li:first-child .badge.remove')
+    page.click("nav >> text=Marks")
+    with page.expect_download() as started:
+        page.click("text=CSV")
+    with started.value.path().open() as file:
+        (line,) = csv.DictReader(file)
+    assert (line["id"], line["action"], line["note"]) == (wanted[0], "remove", "seen twice")
+
+
+def test_two_recipes_are_compared_and_agree_with_themselves(page, address):
+    page.goto(f"{address}/compare?query=1&recipe=grad_dot&other=grad_dot")
+    agreed = page.locator("dl.facts, .facts").first.inner_text()
+    assert agreed.count("100 %") == 2
+    page.select_option('select[name="other"]', "trak")
+    wait_for_address(page, "other=trak")
+    ours, theirs = page.locator(".columns h2, h2").all_inner_texts()[:2]
+    assert ours.startswith("grad_dot")
+    assert theirs.startswith("trak")
+
+
+def test_without_javascript_the_same_questions_are_asked_by_forms(browser, address, made):
+    context = browser.new_context(java_script_enabled=False)
+    plain = context.new_page()
+    plain.goto(f"{address}/?query=3")
+    plain.select_option("#recipe", "grad_dot")
+    plain.locator("form:has(#recipe) button:visible").first.click()
+    plain.wait_for_url("**recipe=grad_dot**")
+    shown = plain.locator('[data-side="proponents"] .id').evaluate_all("a => a.map(o => o.title)")
+    assert shown == best(made, made.grad_dot[3])
+    context.close()
 
 
 def test_back_returns_to_the_query_before(page, address):

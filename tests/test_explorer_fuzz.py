@@ -73,7 +73,10 @@ def objects(schema: dict[str, Any], part: dict[str, Any]) -> st.SearchStrategy[d
 
 
 @st.composite
-def requests(draw: st.DrawFn, schema: dict[str, Any]) -> tuple[str, str, dict[str, str], Any]:
+def requests(
+    draw: st.DrawFn, schema: dict[str, Any]
+) -> tuple[str, str, dict[str, str], Any, set[str]]:
+    """(method, path, query, body, the statuses that are documented)."""
     path = draw(st.sampled_from(sorted(schema["paths"])))
     method = draw(st.sampled_from(sorted(schema["paths"][path])))
     operation = schema["paths"][path][method]
@@ -94,7 +97,7 @@ def requests(draw: st.DrawFn, schema: dict[str, Any]) -> tuple[str, str, dict[st
     if "requestBody" in operation:
         content = operation["requestBody"]["content"]["application/json"]["schema"]
         body = draw(st.one_of(values(schema, content), st.none(), st.lists(st.integers())))
-    return method, path, query, body
+    return method, path, query, body, set(operation["responses"])
 
 
 @settings(
@@ -104,9 +107,10 @@ def requests(draw: st.DrawFn, schema: dict[str, Any]) -> tuple[str, str, dict[st
 )
 @given(data=st.data())
 def test_whatever_is_asked_there_is_an_answer_and_it_is_documented(web, schema, data):
-    method, path, query, body = data.draw(requests(schema))
+    method, path, query, body, statuses = data.draw(requests(schema))
     given_body = {} if body is None else {"json": body}
     answer = web.request(method, path, params=query, **given_body)
+    assert str(answer.status_code) in statuses, (method, path, query, body, answer.text)
     assert answer.status_code < 500, (method, path, query, body, answer.text)
     if answer.status_code >= 400:
         assert set(answer.json()) <= {"kind", "what", "where", "found", "wanted", "do"}
