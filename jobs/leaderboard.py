@@ -69,7 +69,9 @@ cells, truth, tables = module("cells"), module("truth"), module("tables")
 kept, others = module("kept"), module("others")
 
 
-def cells_of(num_models: int, num_queries: int, peers: Iterable[str], more: bool) -> list[Any]:
+def cells_of(
+    num_models: int, num_queries: int, adam: bool, peers: Iterable[str], more: bool
+) -> list[Any]:
     """Every cell of a task, the cheap and telling ones first."""
     methods = (*others.METHODS, *(others.MORE_METHODS if more else ()))
     asked = [of for of in methods if of[0] in peers]
@@ -78,7 +80,8 @@ def cells_of(num_models: int, num_queries: int, peers: Iterable[str], more: bool
         known = number if which != "models" else min(number, num_models)
         about = {"peer": peer, "damping": damping, "checkpoints": which, "number": known}
         by_peers.append(cells.Cell(kind="peer", method=method, **about))
-    found = [*cells.of_one_model(wide=False), *by_peers, *cells.of_several(num_models)]
+    found = [*cells.of_one_model(wide=False), *(cells.of_adam() if adam else ()), *by_peers]
+    found += cells.of_several(num_models)
     found += [*cells.of_one_model(wide=True), *cells.of_curve()]
     if more:
         replayed = min(20, num_queries)
@@ -97,13 +100,16 @@ def fill(
     more: bool = False,
     minutes: float = 60,
     parts: Sequence[str] = PARTS,
+    passed_over: Sequence[Any] = (),
 ) -> None:
     """Compute what is missing of a task's cells; a cell that fails, or takes more than ``minutes``,
     leaves a row that says why."""
     work, path = module(task, suite), truth.folder(task, quick)
     course = work.course(quick)
-    asked = cells_of(course.num_models, len(work.test_set(quick)["target"]), peers, more)
+    numbers = (course.num_models, len(work.test_set(quick)["target"]))
+    asked = cells_of(*numbers, course.optimizer == "adamw", peers, more)
     asked = [c for c in asked if c.part in parts and (not methods or c.method in methods)]
+    asked = [c for c in asked if c not in passed_over]
     needed: set[Any] = set()
     for cell in asked:
         for one in (*cell.needs, cell):
@@ -221,11 +227,13 @@ def results(task: str, quick: bool = False, suite: Path = SUITE) -> dict[str, An
         f"{work.TRUTH['removed']:.0%} × {removal[1]} seed; {half[2]} queries. "
         + "; ".join(f"ceiling ({k}) {v:.3f}" for k, v in ceilings.items() if v is not None)
     )
+    course = work.course(quick)
     told = {
         "digest": kept.digest(truths),
         "retrainings": half[0] * half[1] + removal[0] * removal[1],
         "num_queries": half[2],
-        "num_models": work.course(quick).num_models,
+        "num_models": course.num_models,
+        "adam": course.optimizer == "adamw",
     }
     return {"truth": told, "about": about, "ceilings": ceilings, "rows": rows}
 
@@ -233,7 +241,8 @@ def results(task: str, quick: bool = False, suite: Path = SUITE) -> dict[str, An
 def lacking(found: dict[str, Any]) -> str:
     """A task's rows of the table that are not there yet."""
     numbers = found["truth"]
-    asked = cells_of(numbers["num_models"], numbers["num_queries"], others.SCRIPTS, more=False)
+    about = (numbers["num_models"], numbers["num_queries"], numbers["adam"])
+    asked = cells_of(*about, others.SCRIPTS, more=False)
     there = {kept.name_of(row) for row in found["rows"]}
     missing = [cell.spec() for cell in asked if cell.part == "table"]
     missing = [spec for spec in missing if kept.name_of({"cell": spec}) not in there]
@@ -322,6 +331,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--limit", type=float, default=60, help="minutes a cell may take")
     parser.add_argument("--only", choices=STEPS)
+    parser.add_argument(
+        "--narrow", action="store_true", help="nothing that decomposes a matrix of 4,096²"
+    )
     parser.add_argument("--seeds", type=int, help="halves with the first few seeds only")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--again", help="compute the cells anew whose name has this in it")
@@ -332,8 +344,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if chosen.only in (None, "truth"):
             truth.compute(module(task, chosen.suite), chosen.quick, seeds=chosen.seeds)
         if chosen.only in (None, "cells"):
+            passed_over = [*cells.of_one_model(wide=True)] if chosen.narrow else []
             asked = (chosen.peers, chosen.methods, chosen.again, chosen.suite)
-            fill(task, chosen.quick, *asked, chosen.all, chosen.limit, chosen.parts)
+            fill(task, chosen.quick, *asked, chosen.all, chosen.limit, chosen.parts, passed_over)
         if chosen.only in (None, "page"):
             page = write_page(TASKS if task in TASKS else chosen.tasks, chosen.quick, chosen.suite)
             console.print(f"{task}: {page}")

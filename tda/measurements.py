@@ -67,6 +67,11 @@ class Measurement:
     hessian: Callable[[Tensor, Batch, Tensor], Tensor] | None = None
 
     @property
+    def scalar(self) -> bool:
+        """Whether the model has one output an example, which f is or follows from."""
+        return self.output in (binary_log_odds, prediction)
+
+    @property
     def digest(self) -> str:
         """Changes when the code of ``output`` or ``link`` does."""
         state = hashlib.blake2b(digest_size=16)
@@ -352,6 +357,13 @@ _KNOWN = (
     ),
 )
 MEASUREMENTS: dict[str, Measurement] = {m.name: m for m in _KNOWN}
+
+
+def is_scalar(record: Mapping[str, Any]) -> bool:
+    """Whether a manifest's measurement is of one output an example: ℓ''(f)·∇f∇fᵀ is then the whole
+    Gauss–Newton matrix of the example."""
+    known = MEASUREMENTS.get(record["name"])
+    return known is not None and known.scalar and known.digest == record.get("digest")
 
 
 def as_measurement(given: Any) -> Measurement:

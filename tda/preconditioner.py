@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 import torch
@@ -235,20 +234,6 @@ def _decompose_dual(moment: WeightedRows) -> Spectrum:
 
 
 _EPS = torch.finfo(torch.float64).eps
-
-
-def absolute_damping(spectrum: Spectrum, damping: float | Literal["auto"], where: str) -> float:
-    """λ in units of the eigenvalues: damping · tr(H)/k, or tr(H)/n for "auto".
-
-    Raises RecipeError if H vanishes.
-    """
-    require_curvature(spectrum.trace, where)
-    return relative(spectrum.trace, spectrum.dim, spectrum.count, damping)
-
-
-def relative(trace: float, dim: int, num_train: int, damping: float | Literal["auto"]) -> float:
-    """damping · tr(H)/k, or tr(H)/n for "auto"."""
-    return trace / num_train if damping == "auto" else damping * trace / dim
 
 
 def require_curvature(trace: float, where: str) -> None:

@@ -285,10 +285,13 @@ class Run:
         dataset: the training set. num_rows: pairs (example, label) drawn from it, by default four
         a dimension of the projection; see ``tda.curvature.table``. The same call resumes, computes
         what checkpoints have been added, and begins anew where the training set has grown.
-        Raises TaskError where the measurement has no such matrix, or "influence" has it exactly;
-        MismatchError if these are not the training examples.
+        Of a model with one output the training rows are all it takes: nothing is added.
+        Raises TaskError where the measurement has no such matrix, MismatchError if these are not
+        the training examples.
         """
         data, featurizer = as_dataset(dataset), self.featurizer()
+        if featurizer.task.measurement.scalar:
+            return
         total = len(data) * self.store.table("train").num_checkpoints
         with sole_writer(self.path):
             with progress_bar("choosing curvature rows", total, progress) as tick:

@@ -249,7 +249,7 @@ def test_another_machine_s_truth_has_another_digest():
 
 def test_a_page_is_made_of_what_is_kept_where_nothing_was_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    about = {"num_models": 1, "num_queries": 4}
+    about = {"num_models": 1, "num_queries": 4, "adam": False}
     one = found("x", row("trak", 0.25))
     one["truth"] |= about
     leaderboard.kept.write(tmp_path / "leaderboard" / "digits_mlp.json", one)

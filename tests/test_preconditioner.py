@@ -11,12 +11,12 @@ from tda.curvature import Diagonal, Gram, WeightedRows, diagonal, gram, moments,
 from tda.errors import RecipeError
 from tda.preconditioner import (
     Spectrum,
-    absolute_damping,
     decompose,
     identity,
     inverse,
     inverse_root,
     nothing,
+    require_curvature,
     require_invertible,
 )
 
@@ -160,21 +160,11 @@ def test_no_curvature_under_the_identity_changes_nothing():
     torch.testing.assert_close(nothing(6).quadratic(identity, x), x.square().sum(1))
 
 
-@pytest.mark.parametrize("n", [5, 60], ids=["dual", "primal"])
-def test_damping_is_relative_to_the_mean_eigenvalue_and_automatically_trace_over_n(n):
-    rows, weights = sample(n, 20)
-    found = spectrum(rows, weights)
-    norms = weights * (rows.astype(np.float64) ** 2).sum(1)
-    assert absolute_damping(found, "auto", "") == pytest.approx(norms.mean() / n, rel=1e-9)
-    assert absolute_damping(found, 0.1, "") == pytest.approx(0.1 * norms.mean() / 20, rel=1e-9)
-
-
 def test_without_damping_the_inverse_is_exact_or_refused():
     rows, weights = sample(60, 8)
     found = spectrum(rows, weights)
     x = vectors(3, 8)
     exact = np.linalg.solve(explicit(rows, weights), x.T).T
-    assert absolute_damping(found, 0, "") == 0
     require_invertible(found, 0, "")
     undamped = inverse(0)
     np.testing.assert_allclose(found.apply(undamped, torch.from_numpy(x)), exact, rtol=1e-8)
@@ -197,7 +187,7 @@ def test_rank_is_judged_at_the_precision_of_the_products(monkeypatch):
 def test_a_zero_curvature_is_refused():
     rows, _ = sample(5, 8)
     with pytest.raises(RecipeError, match="curvature is zero"):
-        absolute_damping(spectrum(rows, np.zeros(5)), "auto", "")
+        require_curvature(spectrum(rows, np.zeros(5)).trace, "")
 
 
 def test_a_spectrum_survives_being_stored_as_arrays():

@@ -134,6 +134,36 @@ def test_the_schedule_implies_the_damping_of_a_gauss_newton_curvature(blocks, tm
     assert naive.relative_error(matrix(store, recipe), wanted) < 1e-5
 
 
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_what_is_diagonal_of_a_curvature_has_a_damping_of_its_own(share, tmp_path):
+    """λ = (1−s)·λ_schedule + s·0.1·tr(H)/k; all of it for a curvature that is diagonal."""
+    store = scheduled(tmp_path, SGD)
+    mean = by_trace(store) * store.train.num_rows / store.train.dim
+    wanted = (1 - share) * IMPLIED + share * 0.1 * mean
+    recipe = variant("influence", shrinkage=share)
+    assert damping_used(store, recipe) == pytest.approx([wanted], rel=1e-6)
+    if share == 1:
+        recipe = variant("influence", curvature="diagonal")
+        assert damping_used(store, recipe) == pytest.approx([wanted], rel=1e-6)
+
+
+def test_in_an_eigenbasis_the_mean_is_over_all_parameters(tmp_path):
+    """The coordinates that were left out have next to no curvature, but they count."""
+    store = make_store(tmp_path, num_checkpoints=1)
+    spec = {**store.manifest["projection"], "kind": "eigenbasis"}
+    shapes = {"first": [3, 10], "middle": [4], "last": [50]}
+    sparse = store.with_manifest(projection=spec, model={"parameters": shapes})
+    recipe = variant("influence", damping=0.5, basis="eigen")
+    whole = 0.5 * by_trace(store) * store.train.num_rows
+    assert damping_used(sparse, recipe) == pytest.approx([whole / 84], rel=1e-6)
+    by_layer = replace(recipe, blocks="layer")
+    (t,) = exact_rows(store)
+    squares = (t.curvature[:, None] * t.df**2).mean(0)
+    each = [0.5 * squares[a:b].sum() / n for a, b, n in ((0, 3, 30), (3, 7, 4), (7, 12, 50))]
+    mean = np.average(each, weights=[3, 4, 5])
+    assert damping_used(sparse, by_layer) == pytest.approx([mean], rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("known", "metric"),
     [

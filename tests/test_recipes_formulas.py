@@ -98,8 +98,9 @@ def preconditioned(store: MemoryStore, *alphas: float) -> np.ndarray:
 
 
 def diagonal(store: MemoryStore) -> np.ndarray:
+    """λ is a tenth of the mean eigenvalue."""
     q, t = both(store)
-    return naive.with_curvature(q, t, [np.diag(np.diag(naive.link_hessian(x))) for x in t])
+    return naive.with_curvature(q, t, [np.diag(np.diag(naive.link_hessian(x))) for x in t], 0.1)
 
 
 def gauss_newton(store: MemoryStore) -> np.ndarray:
@@ -110,13 +111,15 @@ def gauss_newton(store: MemoryStore) -> np.ndarray:
 
 
 def shrunk(store: MemoryStore, share: float) -> np.ndarray:
-    """mean_c (1/n) ∇f_qᵀ ((1−s)H + s·diag(H) + λI)⁻¹ (−∇ℓ_i), entry by entry."""
+    """mean_c (1/n) ∇f_qᵀ ((1−s)(H + tr(H)/n) + s·(diag(H) + .1·tr(H)/k))⁻¹ (−∇ℓ_i), by entries."""
     found = []
     for q, t in zip(*both(store), strict=True):
-        H = naive.link_hessian(t)
+        H, k = naive.link_hessian(t), t.df.shape[1]
+        damping = (1 - share) * np.trace(H) / len(t.df) + share * 0.1 * np.trace(H) / k
         for i, j in np.ndindex(H.shape):
             H[i, j] *= 1.0 if i == j else 1 - share
-        solved = np.linalg.solve(naive.damped(H, "auto", len(t.df)), -t.dl.T)
+            H[i, j] += damping if i == j else 0.0
+        solved = np.linalg.solve(H, -t.dl.T)
         found.append(q.margin @ solved / len(t.df))
     return np.mean(found, axis=0)
 

@@ -81,9 +81,10 @@ def test_without_curvature_it_is_the_written_out_formula(name, recipe, task_of):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("damping", [0.1, "auto"])
+@pytest.mark.parametrize("damping", [0.3, "auto"])
 def test_ekfac_is_its_kronecker_matrices_inverted(name, damping, task_of):
-    """mean_c (1/n) ∇ℓ_qᵀ (⊕ (U ⊗ V) diag(Λ) (U ⊗ V)ᵀ + λI)⁻¹ ∇ℓ_i, λ = damping · mean Λ."""
+    """mean_c (1/n) ∇ℓ_qᵀ (⊕ (U ⊗ V) diag(Λ) (U ⊗ V)ᵀ + λI)⁻¹ ∇ℓ_i, λ = damping · mean Λ, of
+    which automatic damping takes a tenth, whatever the schedule."""
     problem = problems.problem(name)
     task = undrawn(task_of(problem))
     fitted = [fit_ekfac(task, problem.train, c, progress=False) for c in range(2)]
@@ -93,7 +94,7 @@ def test_ekfac_is_its_kronecker_matrices_inverted(name, damping, task_of):
         queries, train = (naive_rows(problem, d)[c] for d in (problem.queries, problem.train))
         matrices = {n: explicit_ekfac(problem, train, n, ekfac) for n in ekfac.blocks}
         trace = sum(np.trace(matrix) for matrix in matrices.values())
-        lam = trace / 10 if damping == "auto" else damping * trace / train.df.shape[1]
+        lam = (0.1 if damping == "auto" else damping) * trace / train.df.shape[1]
         parts = [
             q @ np.linalg.solve(matrices[n] + lam * np.eye(len(matrices[n])), t.T)
             for (n, q), (_, t) in zip(
@@ -101,8 +102,6 @@ def test_ekfac_is_its_kronecker_matrices_inverted(name, damping, task_of):
             )
         ]
         wanted.append(sum(parts) / 10)
-    # Without their schedule checkpoints imply no damping.
-    task.checkpoints = tuple(tda.Checkpoint(c.weights) for c in task.checkpoints)
     found = attribute(task, problem, EKFAC, damping=damping)
     assert naive.relative_error(found, np.mean(wanted, axis=0)) < 1e-3
 
@@ -140,18 +139,6 @@ def test_damping_by_layer_is_relative_to_the_layers_own_mean():
     wanted = products(problem, queries.dl, train.dl, matrices) / 10
     found = attribute(task, problem, replace(EKFAC, blocks="layer"), damping=0.1, ekfac=ekfac)
     assert naive.relative_error(found, wanted) < 1e-3
-
-
-def test_automatic_damping_is_what_the_schedule_implies():
-    """λ = weight decay + (1 − β)/Σ_t η_t."""
-    problem = problems.problem("digits_mlp")
-    known = {"learning_rate_sum": 20.0, "momentum": 0.9, "weight_decay": 0.01}
-    task = one_checkpoint(problem, **known)
-    ekfac = fit_ekfac(task, problem.train, progress=False)
-    queries, train = (naive_rows(problem, d)[0] for d in (problem.queries, problem.train))
-    matrices = damped_blocks(problem, ekfac, dict.fromkeys(ekfac.blocks, 0.01 + 0.1 / 20))
-    wanted = products(problem, queries.dl, train.dl, matrices) / 10
-    assert naive.relative_error(attribute(task, problem, EKFAC, ekfac=ekfac), wanted) < 1e-3
 
 
 def test_a_rank_keeps_the_largest_eigenvalues_of_all_layers():

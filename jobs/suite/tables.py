@@ -262,19 +262,22 @@ def plot(tasks: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(4 * len(shown), 3.4), layout="constrained")
     for panel, (name, rows) in enumerate(shown.items()):
         axes = figure.add_subplot(1, len(shown), panel + 1)
-        kinds = {(row["cell"]["method"], row["cell"]["projection"]) for row in rows}
-        for method, kind in sorted(kinds):
+        for method, kind, dtype in sorted({_line(row) for row in rows}):
             line = sorted(
                 (row["bytes_per_example"], _value(row, "half"))
                 for row in rows
-                if (row["cell"]["method"], row["cell"]["projection"]) == (method, kind)
+                if _line(row) == (method, kind, dtype)
             )
-            name_of = f"{method}, {kind.replace('_', ' ')}"
+            name_of = f"{method}, {kind.replace('_', ' ')}" + (", int8" if dtype == "int8" else "")
             axes.plot(*zip(*line, strict=True), marker="o", label=name_of)
         axes.set(title=name, xlabel="bytes an example", ylabel="LDS, halves")
         axes.set_xscale("log", base=2)
         axes.legend(fontsize="small")
     figure.savefig(path, dpi=150, metadata={"Software": None})
+
+
+def _line(row: Row) -> tuple[str, ...]:
+    return tuple(row["cell"][name] for name in ("method", "projection", "dtype"))
 
 
 def between_markers(text: str, name: str, content: str) -> str:

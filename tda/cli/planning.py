@@ -109,7 +109,8 @@ def plan(config: Config) -> Plan:
     row = large.bytes_per_checkpoint / large.num_examples
     once = large.bytes_once / large.num_examples
     item = _ITEM_BYTES[config.index.dtype]
-    num_curvature = ROWS_PER_DIMENSION * large.dim if config.index.gauss_newton else 0
+    has_table = config.index.gauss_newton and not task.measurement.scalar
+    num_curvature = ROWS_PER_DIMENSION * large.dim if has_table else 0
     query_row = row + large.dim * (4 - item)  # the rows of queries stay float32
 
     def on_disk(count: int, row: float) -> float:

@@ -33,10 +33,8 @@ from tda.featurizer import Features, Featurizer, Filler, fill
 from tda.gradients.exact import example_of
 from tda.measurements import (
     Measurement,
-    binary_log_odds,
     log_odds,
     predict,
-    prediction,
     target,
     with_target,
 )
@@ -68,13 +66,7 @@ class Sample:
 
 
 def check_measurement(measurement: Measurement) -> None:
-    """Raises TaskError if the table has no use or no meaning."""
-    if measurement.output in (binary_log_odds, prediction):
-        raise TaskError(
-            f"{measurement.name} needs no curvature table",
-            found="one output an example: the Gauss–Newton matrix of the stored rows is exact",
-            do='use recipe "influence"',
-        )
+    """Raises TaskError if the table has no meaning."""
     if measurement.draw is None:
         raise TaskError(
             f"the Gauss–Newton matrix of measurement {measurement.name!r} is not known",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tda.errors import RecipeError, StoreError
+from tda.measurements import is_scalar
 from tda.training.schedule import learning_rate_sums
 
 if TYPE_CHECKING:
@@ -55,7 +56,12 @@ def require_rows(manifest: Manifest, recipe: Recipe) -> None:
 
 
 def curvature_table(store: Store, recipe: Recipe) -> Table:
-    """The table of (example, label) rows. Raises RecipeError if the run has none."""
+    """The table of (example, label) rows; that of the training set where a model has one output.
+
+    Raises RecipeError if the run has none.
+    """
+    if is_scalar(store.manifest["measurement"]):
+        return store.table("train")
     try:
         table = store.table("curvature")
     except StoreError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,7 +29,6 @@ from tda.preconditioner import (
     inverse,
     nothing,
     nowhere,
-    relative,
     require_curvature,
     require_invertible,
 )
@@ -203,17 +203,24 @@ class Operators:
         if recipe.damping == "auto" and self.unrolled:
             known = self.manifest["checkpoints"][group[-1]].get("weight_decay")
             return [known or 0.0] * len(traces)
+        each, n = zip(traces, self._sizes(), strict=True), self.train.num_rows
         implied = self._implied_damping(group[-1])
-        if implied is not None:
-            return [implied] * len(traces)
-        widths = [columns.stop - columns.start for columns in self.columns]
-        each = zip(traces, widths, strict=True)
-        return [relative(t, k, self.train.num_rows, recipe.damping) for t, k in each]
+        return [recipe.absolute_damping(trace, size, n, implied) for trace, size in each]
+
+    def _sizes(self) -> list[int]:
+        """The dimensions of every block: of the parameters, where rows hold only the coordinates
+        of the largest eigenvalues, and else of the rows."""
+        shapes = self.manifest.get("model", {}).get("parameters")
+        if self.manifest["projection"]["kind"] != "eigenbasis" or not shapes:
+            return [columns.stop - columns.start for columns in self.columns]
+        if self.recipe.blocks == "whole":
+            return [sum(map(prod, shapes.values()))]
+        return [prod(shapes[name]) for name in layer_slices(self.manifest, self.recipe)]
 
     def _implied_damping(self, checkpoint: int) -> float | None:
         """λ by the schedule, where H is Gauss–Newton and in the metric of the optimiser."""
         checkpoints, metric = self.manifest["checkpoints"], self.manifest.get("metric", "euclidean")
-        if self.recipe.damping != "auto" or not self.recipe.implies_damping:
+        if not self.recipe.implies_damping:
             return None
         adam = checkpoints[checkpoint].get("optimizer") == "adam"
         if metric != ("adam" if adam else "euclidean"):

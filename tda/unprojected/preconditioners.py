@@ -20,7 +20,6 @@ from tda.preconditioner import (
     above,
     inverse,
     nowhere,
-    relative,
     require_curvature,
     require_invertible,
 )
@@ -66,18 +65,18 @@ class Factored:
 
     @staticmethod
     def of(
-        curvature: EkFac, recipe: Recipe, num_train: int, implied: float | None, where: str
+        curvature: EkFac, recipe: Recipe, num_train: int, where: str, given: float | None = None
     ) -> Factored:
         """(Λ + λ)⁻¹, λ one number or, with blocks="layer", one a parameter.
 
-        implied: λ itself, where the training schedule tells it. Raises RecipeError.
+        given: λ, where it is not the recipe's. Raises RecipeError.
         """
 
         def function(eigenvalues: Tensor) -> SpectralFunction:
             spectrum = Spectrum(eigenvalues, None, len(eigenvalues), num_train)
-            damping = implied
+            damping = given
             if damping is None:
-                damping = relative(spectrum.trace, spectrum.dim, num_train, recipe.damping)
+                damping = recipe.absolute_damping(spectrum.trace, spectrum.dim, num_train)
             if recipe.rank is not None:
                 return above(spectrum.cut(recipe.rank), inverse(damping))
             require_invertible(spectrum, damping, where)
@@ -122,13 +121,14 @@ class Solved:
     def of(
         matrix: GaussNewton, ekfac: EkFac, recipe: Recipe, implied: float | None, where: str
     ) -> Solved:
-        """Preconditioned by EK-FAC with the same λ. Raises RecipeError."""
+        """Preconditioned by EK-FAC with the same λ; implied: that of the schedule.
+
+        Raises RecipeError.
+        """
         trace = ekfac.trace if ekfac.gauss_newton else matrix.mean_diagonal() * ekfac.dim
         require_curvature(trace, where)
-        damping = implied
-        if damping is None:
-            damping = relative(trace, ekfac.dim, matrix.num_examples, recipe.damping)
-        near = Factored.of(ekfac, recipe, matrix.num_examples, damping, where)
+        damping = recipe.absolute_damping(trace, ekfac.dim, matrix.num_examples, implied)
+        near = Factored.of(ekfac, recipe, matrix.num_examples, where, damping)
         return Solved(matrix, damping, near, recipe.shrinkage)
 
     def apply(self, x: Vectors) -> Vectors:

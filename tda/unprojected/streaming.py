@@ -160,10 +160,10 @@ class _Method:
         recipe, where = self.recipe, f"recipe {self.recipe.name!r}, checkpoint {checkpoint}"
         record, implied = self.manifest["checkpoints"][checkpoint], None
         # The schedule of Adam is in another metric than these gradients.
-        if recipe.damping == "auto" and record.get("optimizer") != "adam":
+        if record.get("optimizer") != "adam":
             implied = implied_damping(self.manifest["checkpoints"], checkpoint)
         if recipe.curvature == "diagonal":
-            return Factored.of(ekfac, recipe, len(self.train), implied, where)
+            return Factored.of(ekfac, recipe, len(self.train), where)
         size, collate = self.batch_size, self.task.collate
         matrix = GaussNewton.of(gradients, self.train, batch_size=size, collate_with=collate)
         return Solved.of(matrix, ekfac, recipe, implied, where)
