@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -72,7 +72,7 @@ class Cell:
     number: int = 1
     projection: str | None = None
     dim: int = 0
-    dtype: str = "bfloat16"  # of a stored number
+    dtype: Literal["bfloat16", "int8"] = "bfloat16"  # of a stored number
     metric: str = "euclidean"
     damping: str = "auto"
     query: str = "own"  # or what takes the place of the recipe's own: margin | loss
@@ -105,6 +105,9 @@ class Cell:
 
     def spec(self) -> dict[str, Any]:
         return asdict(self)
+
+
+CURVE = Cell(kind="recipe", method="influence", part="curve")
 
 
 def of_one_model(wide: bool) -> Iterator[Cell]:
@@ -148,15 +151,15 @@ def of_curve() -> Iterator[Cell]:
     """LDS against bytes: one recipe in every projection, and EK-FAC in its own basis."""
     for method, kind, dtype, dims in CURVES:
         for dim in dims:
-            about = {"projection": kind, "dim": dim, "dtype": dtype, "part": "curve"}
-            yield Cell(kind="recipe", method=method, **about)
+            one = replace(CURVE, method=method, projection=kind, dim=dim)
+            yield replace(one, dtype="int8") if dtype == "int8" else one
 
 
 def of_adam() -> Iterator[Cell]:
     """Of a model that Adam trained: recipes in the metric of its steps, where λ is implied too."""
     for method in ("influence_gn", "influence"):
-        about = {"projection": "count_sketch", "dim": EACH_DIMS["count_sketch"], "metric": "adam"}
-        yield Cell(kind="recipe", method=method, **about)
+        dim = EACH_DIMS["count_sketch"]
+        yield Cell(kind="recipe", method=method, projection="count_sketch", dim=dim, metric="adam")
 
 
 def of_grid() -> Iterator[Cell]:
