@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from tda.store.files import list_files, read_file
+from tda.store.files import Place, beside, list_files, read_files
 
 Arrays = dict[str, np.ndarray]
 log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ class Run(Protocol):
     """What is asked of a store here (see ``tda.store.Store``)."""
 
     @property
-    def path(self) -> Path: ...
+    def path(self) -> Place: ...
     @property
     def manifest(self) -> Mapping[str, Any]: ...
 
@@ -42,25 +42,29 @@ def fingerprint(store: Run, table: str) -> str | None:
     The marks hold the checksums of the rows, so equal fingerprints mean equal bytes.
     """
     folder = store.path / table / "done"
-    marks = [name for name in list_files(folder) if name.endswith(".json")]
+    listed = list_files(folder)
+    marks = {name: listed[name] for name in listed if name.endswith(".json")}
     if not marks:
         return None
     digest = hashlib.sha256(json.dumps(store.manifest, sort_keys=True).encode())
-    for name in marks:
-        digest.update(name.encode() + b"\0" + (read_file(folder / name) or b""))
+    for name, data in read_files(folder, marks).items():
+        digest.update(name.encode() + b"\0" + (data or b""))
     return digest.hexdigest()
 
 
 @dataclass(frozen=True)
 class Cache:
-    """``cache/`` of a store, for what follows from the rows of one of its tables."""
+    """``cache/`` of a store, for what follows from the rows of one of its tables.
+
+    That of a remote store is on this machine.
+    """
 
     folder: Path
     source: str | None
 
     @staticmethod
     def of(store: Run, table: str = "train") -> Cache:
-        return Cache(store.path / "cache", fingerprint(store, table))
+        return Cache(beside(store.path) / "cache", fingerprint(store, table))
 
     def get(self, kind: str, choices: Sequence[object], compute: Callable[[], Arrays]) -> Arrays:
         """The arrays kept for these choices, or those computed, which are then kept.
@@ -92,7 +96,7 @@ def _read(path: Path) -> Arrays | None:
 def _write(path: Path, arrays: Arrays) -> None:
     temporary = None
     try:
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
             temporary = file.name
             np.savez(file, allow_pickle=False, **arrays)

@@ -25,7 +25,7 @@ import re
 import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -39,6 +39,9 @@ from pydantic import (
 
 from tda.code import CODE, accepted, did_you_mean, load_code
 from tda.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tda.store.files import Place
 
 
 def _code(value: str) -> str:
@@ -173,8 +176,10 @@ class Config(_Section):
     folder: Path = Field(default=Path(), exclude=True)
 
     @property
-    def path(self) -> Path:
-        return Path(self.run.path)
+    def path(self) -> Place:
+        from tda.store.files import as_place  # torch comes with it
+
+        return as_place(self.run.path)
 
     def index_arguments(self) -> dict[str, Any]:
         """The keyword arguments of ``tda.index`` that this configuration decides."""
@@ -229,7 +234,9 @@ class Config(_Section):
     def _function(self, reference: str) -> tuple[Callable[..., Any], dict[str, Any]]:
         self._check_options()
         function = load_code(reference, self.folder)
-        options = {"run_path": self.run.path, **self.workload.options}
+        from tda.store.files import beside
+
+        options = {"run_path": str(beside(self.path)), **self.workload.options}
         return function, accepted(function, options)
 
     @property

@@ -54,6 +54,10 @@ class StoreError(TdaError):
     """A store is absent, unfinished, torn or altered."""
 
 
+class UnreachableError(StoreError):
+    """A store could not be asked: the network, the storage or its credentials fail. Try again."""
+
+
 class MismatchError(TdaError):
     """A store was opened with something other than what it was made with."""
 

@@ -111,6 +111,9 @@ def index(
     config: ConfigFile,
     workers: Workers = None,
     scheduler: Scheduler = None,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="For whoever is writing this run, and then go on.")
+    ] = False,
     set_: Overrides = None,
 ) -> None:
     """Featurize the training set and the queries, and store them.
@@ -125,7 +128,7 @@ def index(
 
     loaded = load_config(config, set_ or ())
     with working(loaded, workers, scheduler):
-        typer.echo(index_workload(loaded))
+        typer.echo(index_workload(loaded, wait))
 
 
 @app.command()
@@ -203,7 +206,9 @@ def score(
     opened = open_workload(target, set_ or ())
     with working(opened.config, workers, scheduler):
         name, chosen = opened.query_set(queries), opened.recipe(recipe)
-        where = out or opened.run.path / "scores" / f"{name}-{chosen.name}.zarr"
+        from tda.store.files import beside
+
+        where = out or beside(opened.run.path) / "scores" / f"{name}-{chosen.name}.zarr"
         scores = opened.run.scores(name, recipe=chosen)
         write_scores(scores, where, queries=name, recipe=chosen.name)
     typer.echo(where)
@@ -256,7 +261,7 @@ def value(
         typer.Option("--slice", metavar="COLUMN=NAME", help="For these queries only."),
     ] = None,
     run: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Option(metavar="RUN", help="Another training on the same data; repeatable."),
     ] = None,
     bags: Annotated[int | None, typer.Option(min=0, help="Also Data-OOB, with so many.")] = None,
@@ -286,14 +291,16 @@ def value(
         recipe or opened.defaults.recipe,
         by=by,
         only=slice_,
-        others=run or [Path(path) for path in section.runs],
+        others=run or section.runs,
         bags=section.bags if bags is None else bags,
     )
     for table in valued.tables(show):
         tables.show(table)
     typer.echo(f"{valued.found.verdict}.\nThe intervals cover {valued.found.covers}.")
     typer.echo("\n".join(valued.why_not), nl=bool(valued.why_not))
-    for path in valued.write(out or valuing.place(opened.run.path, by, slice_)):
+    from tda.store.files import beside
+
+    for path in valued.write(out or valuing.place(beside(opened.run.path), by, slice_)):
         typer.echo(path)
 
 
@@ -303,7 +310,7 @@ def report(
     queries: QuerySet = None,
     recipe: RecipeName = None,
     diff: Annotated[
-        Path | None,
+        str | None,
         typer.Option(metavar="RUN", help="Say what changed since the report of another run."),
     ] = None,
     retrain: Annotated[

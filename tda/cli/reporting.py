@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def report(
-    opened: Opened, queries: str, recipe: str | None, against: Path | None, retrain: bool
+    opened: Opened, queries: str, recipe: str | None, against: str | None, retrain: bool
 ) -> Path:
     """Write the report of a query set. Raises ConfigError where it cannot retrain as asked."""
     how = _retraining(opened, queries) if retrain else None

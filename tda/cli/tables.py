@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -39,7 +38,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> 
     return made
 
 
-def faults(path: Path, found: Sequence[Fault]) -> Table:
+def faults(path: object, found: Sequence[Fault]) -> Table:
     return table(
         f"{path}: {len(found)} fault{'s' if len(found) > 1 else ''}",
         ("kind", "where", "what", "do"),

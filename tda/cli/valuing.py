@@ -144,7 +144,7 @@ def value(
     *,
     by: str | None = None,
     only: str | None = None,
-    others: Sequence[Path] = (),
+    others: Sequence[str] = (),
     bags: int = 0,
 ) -> Valued:
     """by: slices of the queries by a column; only: ``COLUMN=NAME``, one slice; others: runs of

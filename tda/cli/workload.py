@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, files
@@ -16,6 +18,10 @@ from tda.cluster import remade
 from tda.code import load_code
 from tda.config import Config, QuerySection, ValueSection, load_config
 from tda.errors import ConfigError, StoreError
+from tda.store.files import Place, Remote, as_place, stat_file
+from tda.store.lock import waiting
+from tda.store.manifest import NAME
+from tda.store.remote import traffic, traffic_said
 
 if TYPE_CHECKING:
     from tda.data import Dataset
@@ -84,23 +90,23 @@ def open_workload(target: str, overrides: Sequence[str]) -> Opened:
     """Open the run of a configuration (with its task: it can featurize) or of a folder."""
     config = _config(target, overrides)
     if config is None:
-        return Opened(tda.open(Path(target)), None)
+        return Opened(tda.open(target), None)
     return open_config(config, target)
 
 
 def open_config(config: Config, target: object = "CONFIG") -> Opened:
     """Open the run of a configuration. Raises StoreError if it has none yet."""
-    if not config.path.exists():
+    if stat_file(config.path / NAME) is None:
         raise StoreError(
             "this workload has no run yet", where=config.path, do=f"tda index {target}"
         )
     return Opened(tda.open(config.path, task=task_of(config)), config)
 
 
-def find_path(target: str, overrides: Sequence[str]) -> Path:
+def find_path(target: str, overrides: Sequence[str]) -> Place:
     """The run's folder, without running the configuration's code."""
     config = _config(target, overrides)
-    return Path(target) if config is None else config.path
+    return as_place(target) if config is None else config.path
 
 
 def task_of(config: Config) -> Task:
@@ -135,12 +141,20 @@ def queries_of(config: Config, name: str) -> Dataset:
     return remade(as_dataset(config.build_queries(name)), partial(queries_of, config, name))
 
 
-def index_workload(config: Config) -> Path:
-    """Index the training set and every query set of ``config``; the run's folder."""
-    task, train = task_of(config), train_of(config)
-    run = tda.index(task, train, config.path, **config.index_arguments())
-    for name in config.workload.queries:
-        _add_queries(run, config, name)
+def index_workload(config: Config, wait: bool = False) -> Place:
+    """Index the training set and every query set of ``config``; the run's place.
+
+    wait: for another process that is writing the run. Of a run in object storage says on the error
+    stream what this process asked of it.
+    """
+    before = Counter(traffic)
+    with waiting() if wait else nullcontext():
+        task, train = task_of(config), train_of(config)
+        run = tda.index(task, train, config.path, **config.index_arguments())
+        for name in config.workload.queries:
+            _add_queries(run, config, name)
+    if isinstance(run.path, Remote):
+        typer.echo(f"{run.path}: {traffic_said(before)}", err=True)
     return run.path
 
 

@@ -40,6 +40,7 @@ from tda.store.marks import (
     Mark,
     damage,
     read_mark,
+    remove_mark,
     write_chunks,
     write_documents,
     write_mark,
@@ -167,6 +168,7 @@ class Record:
         entries |= write_chunks(self.path, chunks)
         mark = Mark((0, len(masks)), self._config, entries)
         if read_mark(self.path / STATIC) != mark:
+            remove_mark(self.path, STATIC)
             write_mark(self.path, STATIC, mark)
 
     def units(self) -> list[tuple[int, int]]:
@@ -208,6 +210,7 @@ class Record:
         """Keep the outputs ``[query]`` of one retraining: whole and flushed, then marked."""
         spec = self._specs["outputs"]
         chunk = spec.pack(np.asarray(outputs, np.float32)[None, None])
+        remove_mark(self.path, _mark(subset, seed))  # a damaged one, perhaps
         entries = write_chunks(self.path, [(spec.key(subset, seed), chunk)])
         mark = Mark((subset, subset + 1), self._config, entries)
         write_mark(self.path, _mark(subset, seed), mark)

@@ -10,25 +10,16 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from threading import Lock
-from typing import IO, Literal, get_args
+from typing import Literal, get_args
 
 from tda.errors import StoreError, TdaError
-from tda.store.files import disk
-
-try:
-    import fcntl
-except ImportError:  # no POSIX: only threads of this process are kept apart
-    fcntl = None  # type: ignore[assignment]
+from tda.store.files import Place, Stat, extend_file, read_file, stat_file
 
 Action = Literal["relabel", "remove", "keep", "none"]
-FILE = Path("actions") / "marks.jsonl"
+FILE = "actions/marks.jsonl"
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet takes for the start of one
 
 
@@ -54,24 +45,18 @@ class ConflictError(TdaError):
 class Marks:
     """The marks of one run. Safe to use from many threads and processes."""
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Place) -> None:
         self.path = run / FILE
         self._lock = Lock()
-        self._read: tuple[tuple[int, int, int], dict[str, Mark]] | None = None
+        self._read: tuple[Stat, dict[str, Mark]] | None = None
 
     def all(self) -> dict[str, Mark]:
         """Id → mark, in the order of the last decision. Raises StoreError for a damaged file."""
-        try:
-            stat = self.path.stat()
-        except FileNotFoundError:
+        seen = stat_file(self.path)
+        if seen is None:
             return {}
-        except OSError as error:
-            raise StoreError("cannot read this file", where=self.path, found=error) from error
-        seen = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
         if self._read is None or self._read[0] != seen:
-            with disk(self.path, "read"):
-                data = self.path.read_bytes()
-            self._read = seen, self._parse(data)
+            self._read = seen, self._parse(read_file(self.path) or b"")
         return self._read[1]
 
     def set(
@@ -82,37 +67,23 @@ class Marks:
         seen: the revision of the mark the decision replaces, 0 for none; None to replace any.
         Raises ConflictError if another one holds by now, StoreError if it cannot be written.
         """
-        with self._lock, self._alone() as file:
-            file.seek(0)
-            data = file.read()
-            whole = data[: data.rfind(b"\n") + 1]
+        made: list[Mark] = []
+
+        def line_after(whole: bytes) -> bytes:
             before = self._parse(whole)
             known = before.get(name)
             revision = known.revision if known is not None else 0
             if seen is not None and seen != revision:
                 raise _changed(name, known)
             at = datetime.now(UTC).isoformat(timespec="seconds")
-            mark = Mark(name, action, label, note, at, whole.count(b"\n") + 1)
-            line = asdict(mark)
+            made.append(Mark(name, action, label, note, at, whole.count(b"\n") + 1))
+            line = asdict(made[-1])
             line.pop("revision")
-            with disk(self.path, "write"):
-                if len(whole) < len(data):
-                    file.truncate(len(whole))
-                file.seek(len(whole))
-                file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-        return mark
+            return json.dumps(line, allow_nan=False).encode() + b"\n"
 
-    @contextmanager
-    def _alone(self) -> Iterator[IO[bytes]]:
-        with disk(self.path, "write"):
-            self.path.parent.mkdir(exist_ok=True)
-            file = self.path.open("a+b", buffering=0)
-        with file:
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX)
-            yield file
+        with self._lock:
+            extend_file(self.path, line_after)
+        return made[-1]
 
     def _parse(self, data: bytes) -> dict[str, Mark]:
         marks: dict[str, Mark] = {}

@@ -15,7 +15,7 @@ from tda.evaluate.intervals import spearman
 from tda.report.artifacts import flag_lists
 from tda.report.data import Example, ReportData
 from tda.report.examples import MAX_ID, clean
-from tda.store.files import disk
+from tda.store.files import as_place, beside, disk
 
 NUM_MOVED = 12
 SUMMARY, VALUES = "summary.json", "values.parquet"
@@ -96,7 +96,7 @@ def read_before(path: str | Path) -> Before:
     """The report in a run's folder. Raises StoreError where it is not there, or damaged."""
     from pyarrow import ArrowInvalid, parquet
 
-    folder = Path(path)
+    folder = beside(as_place(path))
     for name in (SUMMARY, VALUES):
         if not (folder / name).is_file():
             raise StoreError(

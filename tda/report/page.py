@@ -30,7 +30,7 @@ from tda.report.summary import (
 from tda.report.tokens import Words
 from tda.report.trust import RULE
 from tda.report.words import headline, limits, reading
-from tda.store.files import write_file
+from tda.store.files import beside, write_file
 
 _HERE = Path(__file__).parent
 FILES = {
@@ -136,7 +136,7 @@ def write_report(
     not at all. Raises what ``collect`` raises, and StoreError where a file cannot be read or
     written.
     """
-    page = Path(run.store.path) / "report.html" if path is None else Path(path)
+    page = beside(run.store.path) / "report.html" if path is None else Path(path)
     before = None if against is None else read_before(against)
     data = collect(run, **asked)
     if retrain is not None:

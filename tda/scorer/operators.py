@@ -35,6 +35,7 @@ from tda.preconditioner import (
 from tda.recipe import Recipe
 from tda.recipe.requirements import curvature_table, layer_slices, require_rows, segments
 from tda.scorer.row_weights import curvature_weights
+from tda.store.files import beside
 from tda.training.schedule import implied_damping
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class Operators:
         sources = [fingerprint(store, name) for name in sorted(names)]
         known = [source for source in sources if source is not None]
         source = "+".join(known) if len(known) == len(sources) else None
-        cache = Cache(store.path / "cache", source)
+        cache = Cache(beside(store.path) / "cache", source)
         return Operators(recipe, store.manifest, train, rows, queries, cache)
 
     @property

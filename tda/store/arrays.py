@@ -76,6 +76,15 @@ class ArraySpec:
         values = data.view(self.stored).reshape(self.chunks)
         return values[0] if self.per_checkpoint else values
 
+    @property
+    def row_bytes(self) -> int:
+        return self.num_bytes // self.chunk_rows
+
+    def unpack_rows(self, data: np.ndarray) -> np.ndarray:
+        """``[r, ...]`` of the bytes ``[r, row_bytes]`` of some rows of a chunk."""
+        shape = self.chunks[2 if self.per_checkpoint else 1 :]
+        return data.view(self.stored).reshape(len(data), *shape)
+
     def document(self) -> bytes:
         """The array's ``zarr.json``."""
         import zarr  # 0.3 s, needed only when a table is planned

@@ -13,7 +13,7 @@ import mmap
 import os
 import shutil
 import socket
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
@@ -21,6 +21,11 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 
 from tda.errors import StoreError
+
+try:
+    import fcntl
+except ImportError:  # no POSIX: nothing keeps two writers apart
+    fcntl = None  # type: ignore[assignment]
 
 TMP = ".tmp"
 _own = ""  # what tells this process's unfinished files from those of others
@@ -174,6 +179,26 @@ def _folders(top: Path, paths: Iterable[Path]) -> list[Path]:
                 break
             found.add(folder)
     return sorted(found, key=lambda folder: -len(folder.parts))
+
+
+def extend(path: Path, more: Callable[[bytes], bytes]) -> None:
+    """Put ``more(content)`` after the last whole line of a file; durable on return."""
+    with disk(path, "write"):
+        path.parent.mkdir(exist_ok=True)
+        file = path.open("a+b", buffering=0)
+    with file:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        data = file.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        line = more(whole)
+        with disk(path, "write"):
+            file.truncate(len(whole))
+            file.seek(len(whole))
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def remove(path: Path) -> None:

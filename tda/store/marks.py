@@ -16,14 +16,15 @@ from tda.store.files import (
     TRAILER,
     Parts,
     Place,
+    Remote,
     Stat,
     crc32c,
+    create_file,
     map_file,
     read_file,
     remove_file,
     seal,
     unseal,
-    write_file,
     write_files,
 )
 
@@ -100,7 +101,9 @@ def _write(folder: Place, files: Iterable[tuple[str, np.ndarray, int]]) -> dict[
         for key, data, trailer in files:
             entry = Entry(len(data) + trailer, crc32c(data))
             entries[key] = entry
-            if damage(key, map_file(folder / key), entry) is None:
+            # An object is put again at once: to look at it first would cost as much.
+            here = None if isinstance(folder, Remote) else map_file(folder / key)
+            if damage(key, here, entry) is None:
                 yield key, None
             else:
                 yield key, (data.data, entry.crc32c.to_bytes(TRAILER, "little")[:trailer])
@@ -110,7 +113,7 @@ def _write(folder: Place, files: Iterable[tuple[str, np.ndarray, int]]) -> dict[
 
 
 def write_mark(folder: Place, key: str, mark: Mark) -> None:
-    write_file(folder / key, mark.to_bytes())
+    create_file(folder / key, mark.to_bytes())
 
 
 def remove_mark(folder: Place, key: str) -> None:

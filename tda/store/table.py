@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import blake2b
 from typing import Any
 
@@ -14,14 +13,17 @@ from torch import Tensor
 
 from tda.errors import StoreError
 from tda.store.arrays import ArraySpec
+from tda.store.chunks import Chunks
 from tda.store.encoding import decode_rows, decode_strings
 from tda.store.files import (
     TRAILER,
     Place,
+    Remote,
     Stat,
     list_files,
     list_folders,
-    map_file,
+    read_file,
+    read_files,
     remove_unfinished,
     stat_file,
 )
@@ -41,17 +43,14 @@ from tda.store.marks import (
     Entry,
     Mark,
     chunk_mark,
-    damage,
     have_sizes,
     is_document,
-    is_intact,
     read_mark,
     remove_mark,
     write_chunks,
     write_mark,
 )
 
-_SETTLED = 2_000_000_000  # ns; a file changed more recently may change again under the same time
 _NUMBERS = frozenset(("rows", "scale", "embedding"))  # read by their own methods
 
 
@@ -71,8 +70,7 @@ class Table:
     """Rows P∇f and what is known of each example, for every checkpoint.
 
     Every read is checked: a chunk is used only if it is marked complete and its checksum is the
-    marked one. The checksum of a file is computed at its first use in a process and again whenever
-    its time, size or inode has changed; in between, rows come straight from the mapped file.
+    marked one (see `tda.store.chunks`).
     Pickles as (path, name). Raises StoreError if there is no such table or its layout is damaged.
     """
 
@@ -81,9 +79,9 @@ class Table:
         self.name = name
         self.folder = path / name
         self.manifest = read_manifest(path)
+        self._chunks = Chunks(self.folder)
         self.static = self._open_static()
         self.specs = self._open_specs()
-        self._checked: dict[str, Stat] = {}
 
     def __reduce__(self) -> tuple:
         return Table, (self.path.absolute(), self.name)  # a worker may run in another folder
@@ -100,10 +98,9 @@ class Table:
     def _open_specs(self) -> dict[str, ArraySpec]:
         specs = {}
         for key in filter(is_document, self.static.files):
-            document = map_file(self.folder / key)
-            fault = damage(key, document, self.static.files[key])
-            if fault is not None or document is None:
-                raise self._error(f"a metadata document is {fault}", key)
+            document = self._chunks.whole(key, partial(self.static.files.__getitem__, key))
+            if isinstance(document, str):
+                raise self._error(f"a metadata document is {document}", key)
             if key not in ("zarr.json", "done/zarr.json"):
                 name = key.partition("/")[0]
                 specs[name] = ArraySpec.parse(name, document.tobytes())
@@ -186,12 +183,19 @@ class Table:
     def marks(self, listed: Mapping[str, Stat]) -> dict[tuple[int, int], Mark]:
         """The valid marks, as :meth:`mark` has them, of a table with these files."""
         there = [place for place in self.places() if chunk_mark(*place) in listed]
-        found = ((place, self.mark(*place)) for place in there)
+        keys = {chunk_mark(*place): listed[chunk_mark(*place)] for place in there}
+        texts = read_files(self.folder, keys)
+        found = ((place, self._valid(place, texts[chunk_mark(*place)])) for place in there)
         return {place: mark for place, mark in found if mark is not None}
 
     def mark(self, checkpoint: int, chunk: int) -> Mark | None:
         """The mark of a chunk, or None if it has none that belongs to these data and this run."""
-        mark = read_mark(self.folder / chunk_mark(checkpoint, chunk))
+        text = read_file(self.folder / chunk_mark(checkpoint, chunk))
+        return self._valid((checkpoint, chunk), text)
+
+    def _valid(self, place: tuple[int, int], text: bytes | None) -> Mark | None:
+        checkpoint, chunk = place
+        mark = None if text is None else Mark.parse(text)
         if mark is None or mark.rows != self.chunk_range(chunk):
             return None
         known = mark.config == self._config(checkpoint, chunk)
@@ -327,7 +331,8 @@ class Table:
         out = np.empty((len(index), *spec.shape[1:]), spec.dtype)
         for chunk in np.unique(index // spec.chunk_rows):
             here = index // spec.chunk_rows == chunk
-            out[here] = self._chunk(spec, int(chunk))[index[here] - chunk * spec.chunk_rows]
+            pick = index[here] - chunk * spec.chunk_rows
+            out[here] = self._picked(spec, (int(chunk),), pick)
         return decode_strings(out) if spec.encoding == "utf-8" else out
 
     def _read(self, name: str, checkpoint: int, start: int, stop: int) -> Tensor:
@@ -353,28 +358,37 @@ class Table:
         spec = self.specs[name]
         scale = None
         if spec.encoding == "int8":
-            scale = self._chunk(self.specs["scale"], checkpoint, chunk)[pick]
-        decode_rows(self._chunk(spec, checkpoint, chunk)[pick], scale, out)
+            scale = self._picked(self.specs["scale"], (checkpoint, chunk), pick)
+        decode_rows(self._picked(spec, (checkpoint, chunk), pick), scale, out)
 
     def _chunk(self, spec: ArraySpec, *grid: int) -> np.ndarray:
         """The stored chunk ``[chunk_rows, …]`` as a view of its file, checked."""
         if spec.per_checkpoint and not 0 <= grid[0] < self.num_checkpoints:
             raise IndexError(f"checkpoint {grid[0]} of {self.num_checkpoints}")
-        key = spec.key(*grid)
-        stat = stat_file(self.folder / key)
-        data = None if stat is None else map_file(self.folder / key)
-        if stat is None or data is None:
+        key, wanted = spec.key(*grid), spec.num_bytes + TRAILER
+        data = self._chunks.whole(key, lambda: self._entry(spec, grid))
+        if isinstance(data, str):
             self._entry(spec, grid)  # says so if the chunk was never finished
-            raise self._error("a chunk file is missing", key)
-        if stat.size != spec.num_bytes + TRAILER:
-            self._entry(spec, grid)
-            raise self._error("a chunk file is torn", key, stat.size, spec.num_bytes + TRAILER)
-        if self._checked.get(key) != stat:
-            if not is_intact(key, data, self._entry(spec, grid)):
-                raise self._error("a chunk file was altered", key, "its checksum does not match")
-            if time.time_ns() - stat.changed_ns > _SETTLED:
-                self._checked[key] = stat
+            if data == "torn":
+                stat = stat_file(self.folder / key)
+                raise self._error("a chunk file is torn", key, stat and stat.size, wanted)
+            found = "its checksum does not match" if data == "altered" else None
+            what = "a chunk file was altered" if data == "altered" else "a chunk file is missing"
+            raise self._error(what, key, found)
+        if len(data) != wanted:
+            raise self._error("a chunk file is torn", key, len(data), wanted)
         return spec.unpack(data[:-TRAILER])
+
+    def _picked(
+        self, spec: ArraySpec, grid: tuple[int, ...], pick: slice | np.ndarray
+    ) -> np.ndarray:
+        """Rows ``[len(pick), …]`` of a stored chunk."""
+        if isinstance(pick, np.ndarray):
+            key = spec.key(*grid)
+            few = self._chunks.rows(key, lambda: self._entry(spec, grid), pick, spec.row_bytes)
+            if few is not None:
+                return spec.unpack_rows(few)
+        return self._chunk(spec, *grid)[pick]
 
     def _entry(self, spec: ArraySpec, grid: tuple[int, ...]) -> Entry:
         if not spec.per_checkpoint:
@@ -382,11 +396,20 @@ class Table:
             if entry is None:
                 raise self._error("a chunk file has no mark", spec.key(*grid))
             return entry
-        mark = self.mark(*grid)
+        mark = self._marks_at_first.get(grid) if self._is_remote else self.mark(*grid)
         if mark is None:
             key = chunk_mark(*grid)
             raise self._unfinished(f"chunk {grid[1]} of checkpoint {grid[0]}", self.folder / key)
         return mark.files[spec.key(*grid)]
+
+    @property
+    def _is_remote(self) -> bool:
+        return isinstance(self.folder, Remote)
+
+    @cached_property
+    def _marks_at_first(self) -> dict[tuple[int, ...], Mark]:
+        """All marks at once: a remote table is read as it was when its first chunk was."""
+        return dict(self.marks(list_files(self.folder)).items())
 
     def _unfinished(self, what: str, where: object) -> StoreError:
         return StoreError(
