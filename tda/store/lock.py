@@ -23,7 +23,7 @@ from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 from tda.errors import StoreError
 from tda.store import remote
@@ -38,6 +38,7 @@ BEAT = 10.0  # seconds between two counts of a holder
 LEASE = 60.0  # seconds without one after which it is taken for dead
 _POLL = 1.0
 _NAME = "cache/writer"
+_LENGTH = 1024  # bytes of a file that holds a holder
 _waits: ContextVar[bool] = ContextVar("waits", default=False)
 log = logging.getLogger(__name__)
 
@@ -133,7 +134,7 @@ def sole_writer(run: Place) -> Iterator[None]:
     else:
         try:
             (run / _NAME).parent.mkdir(parents=True, exist_ok=True)
-            file = (run / _NAME).open("a+b", buffering=0)
+            file = os.open(run / _NAME, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError:
             yield
             return
@@ -187,7 +188,7 @@ def _beat(lock: _Lease | _File, over: threading.Event) -> None:
 class _File:
     """A file of this machine, or one that others see too: then it is a lease as well."""
 
-    def __init__(self, file: IO[bytes], me: Holder) -> None:
+    def __init__(self, file: int, me: Holder) -> None:
         self._file, self._me = file, me
 
     def take(self) -> _Held | None:
@@ -229,19 +230,19 @@ class _File:
     def release(self) -> None:
         holder = Holder.parse(self._read())
         if holder is None or holder.token == self._me.token:
-            self._write(b"")
+            with suppress(OSError):
+                os.ftruncate(self._file, 0)
 
     def close(self) -> None:
-        self._file.close()
+        os.close(self._file)
 
     def _read(self) -> bytes:
-        self._file.seek(0)
-        return self._file.read()
+        return os.pread(self._file, _LENGTH, 0).strip()
 
     def _write(self, data: bytes) -> None:
+        """In one piece and over what is there: whoever looks meanwhile never finds it empty."""
         with suppress(OSError):  # a full disk: the system's lock holds without the name
-            self._file.truncate(0)
-            self._file.write(data)
+            os.pwrite(self._file, data.ljust(_LENGTH), 0)
 
 
 class _Lease:

@@ -272,7 +272,8 @@ def _connected(bucket: str, options: tuple[tuple[str, str], ...], endpoint: str 
         more["credential_provider"] = _profile(os.environ["AWS_PROFILE"])
     try:
         given = dict(options)
-        client: Any = {name: given.pop(name) for name in _OF_THE_CLIENT if name in given}
+        # An empty one would take the place of what the environment says.
+        client: Any = {n: given.pop(n) for n in _OF_THE_CLIENT if n in given} or None
         settings: Any = {**given, **more}
         return from_url(bucket, client_options=client, retry_config=_RETRY, **settings)
     except Exception as error:
