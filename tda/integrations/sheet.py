@@ -12,6 +12,7 @@ from pyarrow import parquet
 
 from tda.data import as_dataset, describe
 from tda.errors import DataError, StoreError
+from tda.store.files import as_place, beside
 
 if TYPE_CHECKING:
     from tda.run import Run
@@ -73,7 +74,7 @@ def sheet(source: str | Path | Run | Sheet) -> Sheet:
     """
     if isinstance(source, Sheet):
         return source
-    path = Path(source if isinstance(source, str | Path) else source.path)
+    path = beside(as_place(source if isinstance(source, str | Path) else source.path))
     files = [path] if path.suffix == ".parquet" else [path / place for place in _PLACES]
     found = next((file for file in files if file.is_file()), None)
     if found is None:
