@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tda.data import Batch, Dataset, batches, collate, read
+from tda.data import Batch, Dataset, collate, read
 from tda.errors import GradientError
 from tda.gradients import Audit, Consume, Dense, Factor, Gradients, shapes_of
 from tda.gradients.rules import InseparableError
@@ -23,13 +23,14 @@ from tda.measurements import Link
 from tda.progress import Tick, progress_bar
 from tda.projection import Bases, Pilot, Projection, Projector, rank_one
 from tda.projection.tiles import square_norm
+from tda.reading import Rows, ahead, reading
 from tda.store import Table
 from tda.task import Task
 from tda.training.metric import Transform, Update, as_matrices, scaling
 from tda.training.optimizer import Moments
 
 _PILOT_EXAMPLES = 64
-Compute = Callable[[Batch, int, int], "Features"]
+Compute = Callable[[Batch, Rows], "Features"]
 Filler = Callable[[tuple[int, int], Tick], None]  # computes and writes chunk (checkpoint, number)
 
 
@@ -52,6 +53,14 @@ class Features:
             torch.cat([p.rows for p in parts]),
             {name: torch.cat([p.columns[name] for p in parts]) for name in parts[0].columns},
             torch.cat([p.embedding for p in parts]),
+        )
+
+    def at(self, places: np.ndarray) -> Features:
+        """The features of the examples at these places."""
+        return Features(
+            self.rows[places],
+            {name: values[places] for name, values in self.columns.items()},
+            self.embedding[places],
         )
 
     def with_embedding(self, width: int) -> Features:
@@ -237,38 +246,40 @@ def fill(
     """Compute and write one chunk of a table, ``place`` = (checkpoint, chunk). ``tick(examples)``
     a batch.
 
-    compute: ``(batch, first, last) -> Features`` of rows first:last, if not plainly the featurizer.
-    Batches start at a chunk's first row, so a chunk's bytes do not depend on what was done before.
+    compute: ``(batch, rows) -> Features`` of these rows, if not plainly the featurizer.
+    Batches are cut within a chunk, so its bytes do not depend on what was done before; the next
+    one is read while one is computed.
     Raises GradientError naming the example whose loss or gradient is not finite.
     """
     checkpoint, chunk = place
     featurizer.at(checkpoint)
     start, stop = table.chunk_range(chunk)
-    parts = []
-    for first, batch in batches(dataset, start, stop, batch_size, featurizer.task.collate):
-        last = min(first + batch_size, stop)
+    parts, order = [], []
+    collate_with = featurizer.task.collate
+    for rows, batch in ahead(reading(dataset, start, stop, batch_size, collate_with)):
         try:
             if compute is None:
-                features = featurizer(batch, last - first, train=table.name == "train")
+                features = featurizer(batch, len(rows), train=table.name == "train")
             else:
-                features = compute(batch, first, last)
+                features = compute(batch, rows)
         except InseparableError as error:
             raise GradientError(
                 "a batch cannot be separated by example, though the first one could",
-                where=f"examples {first}–{last - 1}",
+                where=f"examples {rows.min()}–{rows.max()}",
                 found=error,
                 do="make the examples alike in shape, or index these on their own",
             ) from error
-        _check_finite(features, table, first, checkpoint)
+        _check_finite(features, table, rows, checkpoint)
         parts.append(features.with_embedding(table.hidden or 0))
-        tick(last - first)
-    done = Features.concatenate(parts)
+        order.append(rows)
+        tick(len(rows))
+    done = Features.concatenate(parts).at(np.argsort(np.concatenate(order)))
     columns = {name: values.numpy() for name, values in done.columns.items()}
     embedding = done.embedding.numpy() if table.hidden else None
     table.write(checkpoint, chunk, done.rows.numpy(), columns, embedding)
 
 
-def _check_finite(features: Features, table: Table, first: int, checkpoint: int) -> None:
+def _check_finite(features: Features, table: Table, rows: Rows, checkpoint: int) -> None:
     loss, norm = features.columns["loss"], features.columns["grad_norm"]
     if torch.isfinite(loss.sum() + norm.sum() + features.rows.sum()):
         return  # a sum over anything that is not finite is not finite
@@ -276,10 +287,11 @@ def _check_finite(features: Features, table: Table, first: int, checkpoint: int)
     if not bad.any():
         return
     place = int(bad.nonzero()[0])
+    row = int(rows[place])
     raise GradientError(
         "the loss or the gradient of an example is not finite",
-        where=f"example {str(table.column('id')[first + place])!r} (row {first + place} of "
-        f"{table.name}), checkpoint {checkpoint}",
+        where=f"example {str(table.column('id')[row])!r} (row {row} of {table.name}), "
+        f"checkpoint {checkpoint}",
         found=f"loss {float(loss[place]):g}, gradient norm {float(norm[place]):g}",
         wanted="finite numbers",
         do="mend or leave out the example, or check the checkpoint; finished chunks are kept and "

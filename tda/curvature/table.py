@@ -263,14 +263,13 @@ def curvature_filler(
     labels, weight = torch.from_numpy(sample.label), torch.from_numpy(sample.weight)
     ids = table.column("id")
 
-    def compute(batch: Batch, first: int, last: int) -> Features:
-        rows = slice(first, last)
+    def compute(batch: Batch, rows: np.ndarray) -> Features:
         if sample.drawn:
             batch = _drawn(featurizer, batch, ids[rows])
         else:
             given = target(batch)
             batch = with_target(batch, labels[rows].to(given).reshape(given.shape))
-        features = featurizer(batch, last - first)
+        features = featurizer(batch, len(rows))
         columns = features.columns
         h = weight[rows] * columns["slope"].square()
         if not sample.drawn:
