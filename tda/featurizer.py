@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tda.batch_size import BatchSize, automatic
 from tda.data import Batch, Dataset, collate, read
 from tda.errors import GradientError
 from tda.gradients import Audit, Consume, Dense, Factor, Gradients, shapes_of
@@ -95,6 +96,7 @@ class Featurizer:
         self._scaling: Transform | None = None  # of every gradient, in the task's metric
         self._moments: dict[str, Moments] = {}  # what `Update` needs of the loaded checkpoint
         self._probe: Probe | None = None
+        self._sized: tuple[Dataset, int] | None = None  # data, and what "auto" is for them
 
     @cached_property
     def gradients(self) -> Gradients:
@@ -151,7 +153,7 @@ class Featurizer:
         return pilot
 
     def fit(
-        self, projection: Projection, dataset: Dataset, batch_size: int, progress: bool
+        self, projection: Projection, dataset: Dataset, batch_size: BatchSize, progress: bool
     ) -> Bases:
         """The bases a projection takes from some of the data, at the last checkpoint."""
         from tda.curvature import kfac
@@ -159,17 +161,36 @@ class Featurizer:
         if projection.kind != "eigenbasis":
             return projection.fit(self.pilot(dataset), shapes_of(self.task.model))
         count = min(projection.num_fit, len(dataset))
+        size = self.batch_size(batch_size, dataset)
         with progress_bar("fitting the eigenbasis", 2 * count, progress) as tick:
-            fitted = kfac.fit(self.task, dataset, -1, count, projection.seed, batch_size, tick)
+            fitted = kfac.fit(self.task, dataset, -1, count, projection.seed, size, tick)
         return projection.select(fitted.blocks)
 
     def _sample(self, dataset: Dataset, count: int, consume: Consume) -> tuple[Tensor, Any]:
         """Gradients of examples spread evenly over the data."""
         self.at(len(self.task.checkpoints) - 1)
         count = min(count, len(dataset))
+        return self.gradients(self._spread(dataset, count), count, consume)
+
+    def _spread(self, dataset: Dataset, count: int) -> Batch:
+        """A batch of examples spread evenly over the data."""
         picked = np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist()
-        batch = collate([read(dataset, i) for i in picked], self.task.collate)
-        return self.gradients(batch, count, consume)
+        return collate([read(dataset, i) for i in picked], self.task.collate)
+
+    def batch_size(self, given: BatchSize, dataset: Dataset) -> int:
+        """``given``; for "auto" what suits the model and these data (`tda.batch_size`)."""
+        if given != "auto":
+            return given
+        if self._sized is None or self._sized[0] is not dataset:
+            if self._checkpoint is None:
+                self.at(len(self.task.checkpoints) - 1)
+            size = automatic(
+                lambda count: self.gradients.forward(self._spread(dataset, count)),
+                len(dataset),
+                self.gradients.device,
+            )
+            self._sized = dataset, size
+        return self._sized[1]
 
     def bind(self, projection: Projection, bases: Bases | None = None) -> Projector:
         """Take a projection (with its bases, if it has any)."""
@@ -229,7 +250,7 @@ class Featurizer:
         return Update(self._moments, slope.float().to(self.gradients.device))
 
 
-def filler(featurizer: Featurizer, table: Table, dataset: Dataset, batch_size: int) -> Filler:
+def filler(featurizer: Featurizer, table: Table, dataset: Dataset, batch_size: BatchSize) -> Filler:
     """What computes and writes one chunk of a table of these examples."""
     return partial(fill, featurizer, table, dataset, batch_size)
 
@@ -238,7 +259,7 @@ def fill(
     featurizer: Featurizer,
     table: Table,
     dataset: Dataset,
-    batch_size: int,
+    batch_size: BatchSize,
     place: tuple[int, int],
     tick: Tick,
     compute: Compute | None = None,
@@ -255,8 +276,8 @@ def fill(
     featurizer.at(checkpoint)
     start, stop = table.chunk_range(chunk)
     parts, order = [], []
-    collate_with = featurizer.task.collate
-    for rows, batch in ahead(reading(dataset, start, stop, batch_size, collate_with)):
+    size, collate_with = featurizer.batch_size(batch_size, dataset), featurizer.task.collate
+    for rows, batch in ahead(reading(dataset, start, stop, size, collate_with)):
         try:
             if compute is None:
                 features = featurizer(batch, len(rows), train=table.name == "train")

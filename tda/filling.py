@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tda.batch_size import BatchSize
 from tda.cluster import is_open, run
 from tda.data import Dataset, describe, part
 from tda.errors import MismatchError
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from tda.run import Run
 
 Place = tuple[int, int]  # checkpoint, chunk
-Prepare = Callable[[Featurizer, Table, Dataset, int], Filler]
+Prepare = Callable[[Featurizer, Table, Dataset, BatchSize], Filler]
 
 
 class Filling:
@@ -32,7 +33,7 @@ class Filling:
     """
 
     def __init__(
-        self, run: Run, name: str, prepare: Prepare, dataset: Dataset, batch_size: int
+        self, run: Run, name: str, prepare: Prepare, dataset: Dataset, batch_size: BatchSize
     ) -> None:
         self.run, self.name, self.prepare = run, name, prepare
         self.dataset, self.batch_size = dataset, batch_size

@@ -67,5 +67,6 @@ def _length(example: Any) -> int | None:
         tokens = content.get("input_ids")
     else:
         tokens = content[0]
-    whole = isinstance(tokens, torch.Tensor) and not tokens.dtype.is_floating_point
-    return len(tokens) if whole and tokens.ndim == 1 else None
+    if not isinstance(tokens, torch.Tensor) or tokens.dtype.is_floating_point or tokens.ndim != 1:
+        return None
+    return len(tokens)

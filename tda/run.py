@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from tda import __version__
+from tda.batch_size import BatchSize, check_batch_size
 from tda.cluster import Cluster, working
 from tda.curvature.table import check_measurement, curvature_filler, plan_curvature
 from tda.data import Dataset, Examples, as_dataset, describe
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 
     from tda.scorer.ranking import TopK
 
-BATCH_SIZE = 64
 _CHUNK_BYTES = 8 * 2**20  # of rows: larger buffers page-fault on every read
 _MAX_CHUNK_ROWS = 4096
 _ITEM_BYTES = {"bfloat16": 2, "float32": 4, "int8": 1}
@@ -55,7 +55,7 @@ def index(
     projection: str | Projection = "count_sketch",
     seed: int = 0,
     dtype: Literal["bfloat16", "float32", "int8"] = "bfloat16",
-    batch_size: int = BATCH_SIZE,
+    batch_size: BatchSize = "auto",
     chunk_rows: int | None = None,
     gauss_newton: bool = False,
     workers: int | str | Cluster | None = None,
@@ -63,10 +63,11 @@ def index(
 ) -> Run:
     """Featurize a training set at every checkpoint of a task into the store at ``path``.
 
-    dataset: map-style, or arrays (see `tda.data`). projection: a kind (``proj_dim`` and ``seed``
-    go with it) or a `Projection`. dtype: of the stored rows. chunk_rows: rows written at once, by
-    default 8 MiB. gauss_newton: also `Run.add_curvature`, for recipe "influence_gn". workers: so
-    many processes, the address of a Dask scheduler, or a `Cluster`; the store is the same.
+    dataset: map-style, or arrays (see `tda.data`); read from a second thread. projection: a kind
+    (``proj_dim`` and ``seed`` go with it) or a `Projection`. dtype: of the stored rows. batch_size:
+    examples computed at once (`tda.batch_size`). chunk_rows: rows written at once, by default
+    8 MiB. gauss_newton: also `Run.add_curvature`, for recipe "influence_gn". workers: so many
+    processes, the address of a Dask scheduler, or a `Cluster`; the store is the same.
 
     The same call resumes an interrupted run, and does nothing where it is complete. With more
     examples at the end of the data, or more checkpoints at the end of the list, it computes those.
@@ -74,8 +75,7 @@ def index(
     """
     if isinstance(projection, str):
         projection = Projection(projection, proj_dim, seed)
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ConfigError("batch_size is not a count", found=repr(batch_size), wanted="≥ 1")
+    check_batch_size(batch_size)
     if not isinstance(task, Task):
         raise TaskError(
             "the first argument is not a task",
@@ -120,7 +120,7 @@ def _open_or_create(
     projection: Projection,
     dtype: str,
     chunk_rows: int | None,
-    batch_size: int,
+    batch_size: BatchSize,
     progress: bool,
 ) -> Run:
     shapes = shapes_of(task.model)
@@ -258,7 +258,7 @@ class Run:
         dataset: Any,
         name: str | None = None,
         *,
-        batch_size: int = BATCH_SIZE,
+        batch_size: BatchSize = "auto",
         progress: bool = False,
     ) -> str:
         """Featurize and store a query set; returns its name (by default made of its content)."""
@@ -277,7 +277,7 @@ class Run:
         dataset: Any,
         *,
         num_rows: int | None = None,
-        batch_size: int = BATCH_SIZE,
+        batch_size: BatchSize = "auto",
         progress: bool = False,
     ) -> None:
         """Featurize and store rows of which the Gauss–Newton matrix is made, for "influence_gn".

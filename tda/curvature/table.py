@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tda.batch_size import BatchSize
 from tda.data import Batch, Dataset, Examples, Picked, batches, describe
 from tda.errors import MismatchError, StoreError, TaskError
 from tda.featurizer import Features, Featurizer, Filler, fill
@@ -81,7 +82,7 @@ def plan_curvature(
     featurizer: Featurizer,
     dataset: Dataset,
     num_rows: int | None,
-    batch_size: int,
+    batch_size: BatchSize,
     tick: Tick,
 ) -> Table:
     """The table, with its rows chosen; ``missing()`` is left to compute.
@@ -99,7 +100,8 @@ def plan_curvature(
         raise TaskError("a curvature table needs rows", found=f"num_rows = {wanted}", wanted="≥ 1")
     sample = _stored(store, train, num_rows)
     if sample is None:
-        sample = choose(featurizer, dataset, wanted, batch_size, tick)
+        size = featurizer.batch_size(batch_size, dataset)
+        sample = choose(featurizer, dataset, wanted, size, tick)
         examples = _describe(sample, train, dataset)
         _remove(store)
     else:
@@ -255,7 +257,7 @@ def _other_data(train: Table, found: str) -> MismatchError:
 
 
 def curvature_filler(
-    featurizer: Featurizer, table: Table, dataset: Dataset, batch_size: int
+    featurizer: Featurizer, table: Table, dataset: Dataset, batch_size: BatchSize
 ) -> Filler:
     """As `filler`; the rows' labels are put in. Raises MismatchError for another training set."""
     measurement, train = featurizer.task.measurement, Table(table.path, TRAIN)

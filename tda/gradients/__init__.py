@@ -145,6 +145,11 @@ class Gradients:
         """f ``[example]`` alone, by a forward pass without gradients."""
         return self.apply(self._measure, batch)
 
+    def forward(self, batch: Any) -> Tensor:
+        """f ``[example]``, with all that a backward pass to the weights would need."""
+        with exact.trained(self.parameters), _quiet(), self._precision():
+            return self._measure(self.model, _to(batch, self.device))
+
     def apply(self, function: Callable[..., Any], batch: Any, *others: Any) -> Any:
         """``function(model, batch, *others)``, without gradients."""
         with torch.no_grad(), _quiet(), self._precision():

@@ -6,7 +6,8 @@ what the tap is audited against.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -51,22 +52,29 @@ def example_of(batch: Any, index: int, num_examples: int) -> Any:
     return tree_map(cut, batch)
 
 
+@contextmanager
+def trained(parameters: Mapping[str, Tensor]) -> Iterator[None]:
+    """With gradients recorded for these parameters, as in training; afterwards for none."""
+    try:
+        for value in parameters.values():
+            value.requires_grad_(True)
+        with torch.enable_grad():
+            yield
+    finally:
+        for value in parameters.values():
+            value.requires_grad_(False)
+
+
 def gradient(
     model: nn.Module, parameters: Mapping[str, Tensor], measure: Measure, batch: Any
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(f ``[1]``, its gradient by parameter) for a batch of one, by plain autograd."""
     values = list(parameters.values())
-    try:
-        for value in values:
-            value.requires_grad_(True)
-        with torch.enable_grad():
-            output = measure(model, batch)
+    with trained(parameters):
+        output = measure(model, batch)
         grads: tuple[Tensor | None, ...] = (None,) * len(values)
         if output.requires_grad:
             grads = torch.autograd.grad(output.sum(), values, allow_unused=True)
-    finally:
-        for value in values:
-            value.requires_grad_(False)
     named = zip(parameters, grads, values, strict=True)
     return output.detach(), {n: torch.zeros_like(v) if g is None else g for n, g, v in named}
 
