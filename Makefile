@@ -36,7 +36,7 @@ test: $(INSTALLED)
 	$(PYTEST) -n 2
 
 browser: $(INSTALLED)
-	@chromium=$$(.ci/chromium) && CHROMIUM=$$chromium $(PYTEST) -n 2 -m browser
+	@chromium=$$(.ci/chromium) && CHROMIUM="$$chromium" $(PYTEST) -n 2 -m browser
 
 slow: $(INSTALLED)
 	$(PYTEST) -n 2 -m "slow or realdata"

@@ -221,7 +221,8 @@ def test_the_second_of_two_users_is_told(browser, page, address):
 
 @pytest.mark.parametrize("shows", ["text", "image"])
 def test_nothing_in_the_data_runs(page, served, tmp_path, shows):
-    address = served(make_run(tmp_path / "run", shows=shows, hostile=True))
+    folder = tmp_path / '"><img src=x onerror=alert(1)><script>alert(1)<script>'
+    address = served(make_run(folder, shows=shows, hostile=True))
     page.add_init_script("window.ran = 0; window.alert = () => { window.ran += 1; };")
     for path in ("/", "/?query=1", "/groups", "/compare", "/self-influence", "/train/0", "/run"):
         page.goto(address + path)

@@ -148,6 +148,8 @@ def test_a_data_set_gets_columns_joined_by_id(file):
     assert list(kept["name"]) == ["d", "new"]
     with pytest.raises(DataError, match="'tda_value' already"):
         with_values(found, file, id_column="name")
+    with pytest.raises(DataError, match="one data set"):
+        with_values(datasets.DatasetDict(train=given), file, id_column="name")
 
 
 def test_the_data_set_that_was_indexed_joins_without_ids(tmp_path):

@@ -25,7 +25,8 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
 
     def write(kind: str) -> Path:
         if kind not in made:
-            folder = tmp_path_factory.mktemp(kind) / "run"
+            name = "'><img src=x onerror=alert(1)><script>" if kind == "hostile" else "run"
+            folder = tmp_path_factory.mktemp(kind) / name
             shows = "text" if kind == "hostile" else kind
             number = 14 if kind == "text" else 60  # so few that answers hold what a query is like
             run = make_run(

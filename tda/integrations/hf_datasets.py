@@ -31,8 +31,15 @@ def with_values(
     """The data set with ``columns`` of the values beside its own, joined by id.
 
     id_column: see `tda.integrations.sheet.ids_of`. An example that was not in training has nulls.
-    Raises DataError where nothing joins, or a column of that name is there.
+    Raises DataError where nothing joins, a column of that name is there, or this is no Dataset.
     """
+    if not isinstance(dataset, datasets.Dataset):
+        raise DataError(
+            "columns are added to one data set that is in reach as a whole",
+            found=type(dataset).__name__,
+            wanted="a datasets.Dataset",
+            do='of a DatasetDict give the split that was trained on: dataset["train"]',
+        )
     values = sheet(source)
     there = [prefix + name for name in columns if prefix + name in dataset.column_names]
     if there:
