@@ -26,6 +26,8 @@ class MemoryTable:
     chunk_rows: int = 7
     reads: list[int] = field(default_factory=list)
 
+    dtype = "float32"
+
     @property
     def num_checkpoints(self) -> int:
         return self.values.shape[0]

@@ -3,15 +3,15 @@
 ``prepare`` folds the whole method into the queries and one number per training row; what remains is
     score[q, i] = Σ_c ⟨Q_c[q], ∇f_{i,c}⟩ · r[c, i]
 whatever the recipe. The rows are read once per call, chunk by chunk, the next one while this one is
-multiplied. Products are float32; results do not depend on chunks beyond float32 rounding.
+multiplied. Results do not depend on chunks beyond float32 rounding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -42,6 +42,8 @@ __all__ = [
     "stream",
     "top_k",
 ]
+
+T = TypeVar("T")
 
 QUERY_TILE = 1024  # queries multiplied with a tile of rows at a time: bounds the tile of scores
 BLOCK_BYTES = (32 * 2**20, 256 * 2**20)  # of one task of a full score matrix
@@ -143,16 +145,23 @@ def block(prepared: Prepared, start: int, stop: int) -> Tensor:
 
 def stream(train: Table, start: int, stop: int) -> Iterator[tuple[int, int, list[Tensor]]]:
     """(low, high, rows of every checkpoint), reading one tile ahead."""
+    return read_ahead(train, start, stop, train.rows)
 
-    def read(span: tuple[int, int]) -> list[Tensor]:
-        return [train.rows(c, *span) for c in range(train.num_checkpoints)]
+
+def read_ahead(
+    train: Table, start: int, stop: int, read: Callable[[int, int, int], T]
+) -> Iterator[tuple[int, int, list[T]]]:
+    """(low, high, ``read(checkpoint, low, high)`` of every checkpoint), one tile ahead."""
+
+    def all_of(span: tuple[int, int]) -> list[T]:
+        return [read(c, *span) for c in range(train.num_checkpoints)]
 
     spans = list(row_ranges(train, start, stop))
     with ThreadPoolExecutor(max_workers=1) as reader:
-        coming = [reader.submit(read, span) for span in spans[:1]]
+        coming = [reader.submit(all_of, span) for span in spans[:1]]
         for i, (low, high) in enumerate(spans):
             rows = coming.pop().result()
-            coming += [reader.submit(read, span) for span in spans[i + 1 : i + 2]]
+            coming += [reader.submit(all_of, span) for span in spans[i + 1 : i + 2]]
             yield low, high, rows
 
 
@@ -169,15 +178,20 @@ def _tile(prepared: Prepared, rows: list[Tensor], low: int, first_query: int) ->
         total = product if total is None else total + product
     assert total is not None
     total = total.float()
-    if not torch.isfinite(total.sum()) and not torch.isfinite(total).all():
-        query, row = (~torch.isfinite(total)).nonzero()[0].tolist()
+    refuse_not_finite(total, first_query, low)
+    return total
+
+
+def refuse_not_finite(scores: Tensor, first_query: int, low: int) -> None:
+    """Raises StoreError naming the first of scores [m, r] that is no number."""
+    if not torch.isfinite(scores.sum()) and not torch.isfinite(scores).all():
+        query, row = (~torch.isfinite(scores)).nonzero()[0].tolist()
         raise StoreError(
             "a score is not a finite number",
             where=f"query {first_query + query}, training example {low + row}",
-            found=total[query, row].item(),
+            found=scores[query, row].item(),
             do="run `tda verify`; if the store is sound, use a larger damping",
         )
-    return total
 
 
 @dataclass(frozen=True)
@@ -228,9 +242,18 @@ def chunk_shape(shape: tuple[int, int], chunk_rows: int) -> tuple[int, int]:
 def top_k(prepared: Prepared, k: int) -> TopK:
     """The exact k best and worst training examples of every query in one pass over the rows.
 
-    k is clipped to n. Memory: the answer and two tiles of rows; the full matrix is never made.
+    k is clipped to n. Memory: the answer, a few pairs for each score in it, and two tiles of rows;
+    the full matrix is never made. Products are float32, or bfloat16 with what those leave in doubt
+    scored again (see ``shortlist``).
     """
+    from tda.scorer import shortlist
+
     k = clipped(k, prepared.train.num_rows)
+    return shortlist.top_k(prepared, k) if shortlist.pays(prepared, k) else plain_top_k(prepared, k)
+
+
+def plain_top_k(prepared: Prepared, k: int) -> TopK:
+    """``top_k`` by products in the precision of the queries alone; k ≤ n."""
     best, worst = Heaps(prepared.num_queries, k), Heaps(prepared.num_queries, k)
     for low, _, rows in stream(prepared.train, 0, prepared.train.num_rows):
         for first, some in _query_tiles(prepared):

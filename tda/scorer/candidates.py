@@ -20,6 +20,7 @@ import torch
 from tda.cache import Cache
 from tda.errors import StoreError
 from tda.scorer import Prepared, stream, top_k
+from tda.scorer.pairs import greatest, pair_scores
 from tda.scorer.ranking import TopK, clipped, limit_faiss_threads, ranked
 
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ WIDTH = {"flat": 1.25, "ivf": 1.25, "ivfpq": 10}  # candidates per answer: compr
 POINTS_PER_LIST = 39  # FAISS's own minimum for k-means
 PIECES = 256  # of a vector, each coded by the nearest of 16 centroids: 128 bytes a row
 CENTROIDS = 16
-QUERY_TILE = 32  # queries whose candidates are gathered at a time
 
 
 @dataclass(frozen=True)
@@ -178,16 +178,12 @@ def _reranked(
     prepared: Prepared, candidates: np.ndarray, k: int, sign: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """(indices, exact scores) [m, k] of the best candidates, or the worst for sign −1."""
-    queries = torch.cat(prepared.queries, dim=1).numpy()
-    scores = np.empty(candidates.shape, np.float32)
-    for first in range(0, len(queries), QUERY_TILE):
-        some = candidates[first : first + QUERY_TILE]
-        indices, places = np.unique(some, return_inverse=True)
-        rows = _gathered(prepared, indices)
-        for i, place in enumerate(places.reshape(some.shape), start=first):
-            scores[i] = rows[place] @ queries[i]
-    order = np.lexsort((candidates, -sign * scores))[:, :k]
-    return np.take_along_axis(candidates, order, 1), np.take_along_axis(scores, order, 1)
+    m, width = candidates.shape
+    rows = torch.from_numpy(np.sort(candidates, axis=1).reshape(-1))
+    queries = torch.arange(m).repeat_interleave(width)
+    scores = sign * pair_scores(prepared, queries, rows)
+    indices, best = greatest(scores, queries, rows, m, k)
+    return indices.numpy(), sign * best.numpy()
 
 
 def _recall(found: TopK, exact: TopK) -> float:

@@ -166,6 +166,13 @@ class Remaining:
             [self.stored.rows(checkpoint, *span)[pick] for span, pick in self._spans(start, stop)]
         )
 
+    def coded_rows(self, checkpoint: int, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        spans = self._spans(start, stop)
+        found = [(self.stored.coded_rows(checkpoint, *span), pick) for span, pick in spans]
+        factors = [factor[pick] for (_, factor), pick in found if factor is not None]
+        whole = torch.cat([rows[pick] for (rows, _), pick in found])
+        return whole, torch.cat(factors) if factors else None
+
     def embedding(self, checkpoint: int, start: int, stop: int) -> Tensor:
         spans = self._spans(start, stop)
         return torch.cat([self.stored.embedding(checkpoint, *span)[pick] for span, pick in spans])

@@ -262,6 +262,30 @@ class Table:
         """Float32 rows ``[stop - start, proj]``, decoded and checked. Raises StoreError."""
         return self._read("rows", checkpoint, start, stop)
 
+    def coded_rows(self, checkpoint: int, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        """(rows ``[stop - start, proj]`` bfloat16, factor ``[stop - start]``), which multiply to
+        ``rows(…)``: without its cost where they lie in one chunk. Raises StoreError.
+
+        Not of a table in float32.
+        """
+        assert self.dtype != "float32"
+        found = [
+            self._coded(checkpoint, chunk, slice(first - offset, last - offset))
+            for chunk, first, last in self._pieces(start, stop)
+            for offset in [chunk * self.chunk_rows]
+        ]
+        rows = [part for part, _ in found]
+        factors = [factor for _, factor in found if factor is not None]
+        whole = rows[0] if len(rows) == 1 else torch.cat(rows)
+        return whole, torch.cat(factors) if factors else None
+
+    def _coded(self, checkpoint: int, chunk: int, pick: slice) -> tuple[Tensor, Tensor | None]:
+        stored = torch.from_numpy(self._chunk(self.specs["rows"], checkpoint, chunk)[pick])
+        if self.dtype == "bfloat16":
+            return stored.view(torch.bfloat16), None
+        scale = self._chunk(self.specs["scale"], checkpoint, chunk)[pick]
+        return stored.to(torch.bfloat16), torch.from_numpy(scale)
+
     def embedding(self, checkpoint: int, start: int, stop: int) -> Tensor:
         """Float32 last hidden layer ``[stop - start, hidden]``. Raises StoreError if not stored."""
         if "embedding" not in self.specs:

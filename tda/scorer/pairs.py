@@ -1,0 +1,79 @@
+"""Scores of chosen pairs of a query and a training row, and the best of them.
+
+A pair's score is one inner product, added up in an order that depends on nothing else: equal rows
+have equal scores, to the bit, wherever they are and whatever else is asked.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from tda.scorer import Prepared
+    from tda.store import Table
+
+GATHERED_BYTES = 8 * 2**20  # float32 rows read at a time
+
+
+def pair_scores(prepared: Prepared, queries: Tensor, rows: Tensor) -> Tensor:
+    """score[queries[p], rows[p]] for different pairs [p] float32. Raises StoreError as a read does.
+
+    Each row is read once, however many pairs it is in.
+    """
+    size = max(1, GATHERED_BYTES // (4 * prepared.train.dim))
+    unique, place = torch.unique(rows, return_inverse=True)
+    batch = place // size
+    order = (batch * prepared.num_queries + queries).argsort(stable=True)
+    scores = torch.empty(len(rows))
+    for number, pairs in enumerate(order.split(batch.bincount().tolist())):
+        some = unique[number * size : (number + 1) * size]
+        total = torch.zeros(len(pairs), dtype=prepared.queries[0].dtype)
+        for c, q in enumerate(prepared.queries):
+            read, column = _read(prepared.train, c, some)
+            columns = column[place[pairs] - number * size]
+            products = _sampled(q, read.to(q.dtype), queries[pairs], columns)
+            total += products.mul_(prepared.row_weights[c, rows[pairs]])
+        scores[pairs] = total.float()
+    return scores
+
+
+def _read(train: Table, checkpoint: int, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows, and where among them those of the ascending indices are.
+
+    Where they lie close, all in between are read as well: that is faster than to pick them.
+    """
+    first, last = int(indices[0]), int(indices[-1]) + 1
+    if last - first < 2 * len(indices):
+        return train.rows(checkpoint, first, last), indices - first
+    return train.gather(checkpoint, indices.numpy()), torch.arange(len(indices))
+
+
+def _sampled(left: Tensor, right: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """⟨left[r], right[c]⟩ of every pair, r ascending."""
+    borders = torch.searchsorted(rows, torch.arange(len(left) + 1))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*[Ss]parse", category=UserWarning)
+        wanted = torch.sparse_csr_tensor(
+            borders, columns, torch.zeros(len(rows), dtype=left.dtype), (len(left), len(right))
+        )
+        return torch.sparse.sampled_addmm(wanted, left, right.T, beta=0.0).values()
+
+
+def greatest(
+    values: Tensor, queries: Tensor, rows: Tensor, num_queries: int, k: int
+) -> tuple[Tensor, Tensor]:
+    """(rows, values) [num_queries, k] of the k greatest of every query, equal ones by row.
+
+    Pairs [p] in ascending order of (query, row), at least k of every query that has any.
+    """
+    counts = queries.bincount(minlength=num_queries)
+    starts = counts.cumsum(0) - counts
+    lines = torch.full((num_queries, max(k, int(counts.max()))), -torch.inf)
+    lines[queries, torch.arange(len(queries)) - starts[queries]] = values
+    ordered, order = lines.sort(dim=1, descending=True, stable=True)
+    flat = starts[:, None] + order[:, :k]
+    return rows[flat.clamp(max=len(rows) - 1)], ordered[:, :k].contiguous()
