@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
@@ -103,6 +104,23 @@ def test_help_loads_nothing_heavy(arguments):
         f"print('LOADED', [name for name in {heavy!r} if name in sys.modules])"
     )
     assert loaded.splitlines()[-1] == "LOADED []"
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    """It takes .05 s then; PyTorch alone takes more than one."""
+    loaded = python("import sys\nimport tda\nprint(sorted(sys.modules))")
+    heavy = {
+        "torch",
+        "numpy",
+        "faiss",
+        "dask",
+        "distributed",
+        "zarr",
+        "sklearn",
+        "pydantic",
+        "typer",
+    }
+    assert not heavy & set(ast.literal_eval(loaded))
 
 
 def test_recipes_lists_every_declaration_without_loading_torch():
