@@ -85,7 +85,7 @@ def influence(store, damping="auto", rows="link", diagonal=False):
     found = []
     for q, t in pairs(store):
         X = {"link": np.sqrt(t.link)[:, None] * t.f, "loss": t.loss, "margin": t.margin}[rows]
-        H = damped(X, damping)
+        H = damped(X, 0.1 if diagonal and damping == "auto" else damping)
         inverse = np.diag(1 / np.diag(H)) if diagonal else np.linalg.inv(H)
         found.append(q.loss @ inverse @ t.loss.T / len(t.f))
     return np.mean(found, axis=0)
