@@ -54,8 +54,11 @@ class StoreError(TdaError):
     """A store is absent, unfinished, torn or altered."""
 
 
-class UnreachableError(StoreError):
-    """A store could not be asked: the network, the storage or its credentials fail. Try again."""
+class UnreachableError(TdaError):
+    """A store could not be asked: the network, the storage or its credentials fail.
+
+    No StoreError: that would say something of what is stored.
+    """
 
 
 class MismatchError(TdaError):

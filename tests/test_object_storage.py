@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import shutil
 import threading
 from collections import Counter
@@ -19,7 +20,6 @@ from typing import Any
 import numpy as np
 import pytest
 import stored
-import zarr
 from object_storage import SECRETS, Server, Wire
 
 from tda.errors import ConfigError, StoreError, UnreachableError
@@ -120,18 +120,24 @@ def test_tables_pickle_as_their_place_and_without_secrets(far):
     assert not [secret for secret in SECRETS.values() if secret.encode() in data]
 
 
-def test_plain_zarr_reads_it_by_the_specification(far, near):
-    """stores/README.md: the same block with a store of obstore's in place of a folder."""
-    from obstore.store import from_url
-    from zarr.storage import ObjectStore
-
-    run = ObjectStore(from_url(str(far.path)), read_only=True)
-    group = zarr.open_group(run, path="train", mode="r")
-    bits = np.asarray(group["rows"])
-    rows = (bits.astype(np.uint32) << 16).view(np.float32)
+def test_plain_zarr_reads_it_by_the_specification(far, near, monkeypatch):
+    """By the blocks of stores/README.md: the first, then the one that opens the table elsewhere."""
+    root = Path(__file__).parents[1]
+    page = (root / "stores/README.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(root)
+    reader: dict[str, Any] = {}
+    exec(re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)[0], reader)
+    block = re.findall(r"```py\n(.*?)```", page, flags=re.DOTALL)[0]
+    exec(block.replace("s3://bucket/runs/digits", str(far.path)), reader)
     for checkpoint in range(2):
         wanted = near.table("train").rows(checkpoint, 0, stored.N).numpy()
-        np.testing.assert_array_equal(rows[checkpoint], wanted)
+        np.testing.assert_array_equal(reader["numbers"]("rows", checkpoint), wanted)
+    assert reader["strings"]("id") == near.table("train").column("id").tolist()
+
+
+def test_the_profile_in_stores_can_be_read():
+    place = as_place(str(Path(__file__).parents[1] / "stores/minio.toml/digits"))
+    assert str(place) == "s3://runs/tda/digits"
 
 
 # ---- what it costs

@@ -15,7 +15,10 @@ from tda.cli.distribution import Scheduler, Workers, working
 from tda.cli.exits import Commands
 
 Target = Annotated[
-    str, typer.Argument(metavar="CONFIG|RUN", help="A configuration (.toml) or a run's folder.")
+    str,
+    typer.Argument(
+        metavar="CONFIG|RUN", help="A configuration (.toml), a run's folder or its s3://…"
+    ),
 ]
 ConfigFile = Annotated[
     Path, typer.Argument(metavar="CONFIG", help="A workload's TOML file; it names code that runs.")

@@ -25,7 +25,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from tda.errors import StoreError
+from tda.errors import StoreError, UnreachableError
 from tda.store import remote
 from tda.store.files import Place, Remote
 
@@ -278,7 +278,7 @@ class _Lease:
             if self._put(self._stamp):
                 return True
             found = remote.get(self._place)
-        except StoreError:
+        except UnreachableError:
             return True  # no network: work stops or goes on by itself
         holder = None if found is None else Holder.parse(bytes(found[0]))
         if found is None or holder is None or holder.token != self._me.token:
@@ -287,7 +287,7 @@ class _Lease:
         return True
 
     def release(self) -> None:
-        with suppress(StoreError):
+        with suppress(UnreachableError):
             found = remote.get(self._place)
             holder = None if found is None else Holder.parse(bytes(found[0]))
             if holder is not None and holder.token == self._me.token:
