@@ -6,6 +6,7 @@ process killed at any moment loses the chunk it was at and nothing else.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -31,7 +32,8 @@ from tda.training.metric import Transform, Update, as_matrices, scaling
 from tda.training.optimizer import Moments
 
 _PILOT_EXAMPLES = 64
-Compute = Callable[[Batch, Rows], "Features"]
+log = logging.getLogger(__name__)
+Compute = Callable[[Any, Rows], "Features"]  # (batch, rows)
 Filler = Callable[[tuple[int, int], Tick], None]  # computes and writes chunk (checkpoint, number)
 
 
@@ -96,6 +98,7 @@ class Featurizer:
         self._scaling: Transform | None = None  # of every gradient, in the task's metric
         self._moments: dict[str, Moments] = {}  # what `Update` needs of the loaded checkpoint
         self._probe: Probe | None = None
+        self.room: int | None = None  # examples the device has memory for, once that was found out
         self._sized: tuple[Dataset, int] | None = None  # data, and what "auto" is for them
 
     @cached_property
@@ -278,18 +281,7 @@ def fill(
     parts, order = [], []
     size, collate_with = featurizer.batch_size(batch_size, dataset), featurizer.task.collate
     for rows, batch in ahead(reading(dataset, start, stop, size, collate_with)):
-        try:
-            if compute is None:
-                features = featurizer(batch, len(rows), train=table.name == "train")
-            else:
-                features = compute(batch, rows)
-        except InseparableError as error:
-            raise GradientError(
-                "a batch cannot be separated by example, though the first one could",
-                where=f"examples {rows.min()}–{rows.max()}",
-                found=error,
-                do="make the examples alike in shape, or index these on their own",
-            ) from error
+        features = _features(featurizer, table, dataset, batch, rows, compute)
         _check_finite(features, table, rows, checkpoint)
         parts.append(features.with_embedding(table.hidden or 0))
         order.append(rows)
@@ -298,6 +290,47 @@ def fill(
     columns = {name: values.numpy() for name, values in done.columns.items()}
     embedding = done.embedding.numpy() if table.hidden else None
     table.write(checkpoint, chunk, done.rows.numpy(), columns, embedding)
+
+
+def _features(
+    featurizer: Featurizer,
+    table: Table,
+    dataset: Dataset,
+    batch: Batch | None,
+    rows: Rows,
+    compute: Compute | None,
+) -> Features:
+    """Of one batch; in halves where the device has no memory for it."""
+    if featurizer.room is None or len(rows) <= featurizer.room:
+        try:
+            if compute is None:
+                return featurizer(batch, len(rows), train=table.name == "train")
+            return compute(batch, rows)
+        except InseparableError as error:
+            raise GradientError(
+                "a batch cannot be separated by example, though the first one could",
+                where=f"examples {rows.min()}–{rows.max()}",
+                found=error,
+                do="make the examples alike in shape, or index these on their own",
+            ) from error
+        except torch.OutOfMemoryError as error:
+            if len(rows) == 1:
+                raise GradientError(
+                    "the device has no memory for the gradient of one example",
+                    where=f"example {rows[0]} of {table.name}",
+                    found=str(error).partition(". ")[0],
+                    do='use a larger device, or Task(..., precision="bfloat16")',
+                ) from error
+            featurizer.room = len(rows) // 2
+            log.warning("the device is out of memory: batches of %d from here on", featurizer.room)
+    batch = None  # what did not fit is let go first
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    parts = []
+    for some in np.split(rows, range(featurizer.room, len(rows), featurizer.room)):
+        few = collate([read(dataset, int(row)) for row in some], featurizer.task.collate)
+        parts.append(_features(featurizer, table, dataset, few, some, compute))
+    return Features.concatenate(parts)
 
 
 def _check_finite(features: Features, table: Table, rows: Rows, checkpoint: int) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -14,12 +16,15 @@ import numpy as np
 import problems
 import pytest
 import torch
+import zarr
 
 import tda
+from tda.cli.answers import write_scores
 from tda.cluster import Cluster, delivery, is_open, pool, run
 from tda.cluster.pool import Workers
 from tda.config import load_config
 from tda.errors import ClusterError, ConfigError, GradientError, MismatchError, TdaError
+from tda.scorer.ranking import Heaps, merged
 
 
 @pytest.fixture(scope="module")
@@ -296,3 +301,44 @@ def test_retraining_gives_the_same_on_workers(workers, config) -> None:
         together = truth(name="together")
     np.testing.assert_array_equal(alone.outputs, together.outputs)
     assert issubclass(ClusterError, TdaError)
+
+
+# Asking.
+
+
+def test_workers_answer_as_the_plain_loop_does(workers, index, tmp_path) -> None:
+    """Also where a second moment is merged from parts, and where the last part has fewer than k."""
+    problem = problems.problem("digits_mlp")
+    opened = index("digits_mlp", "run")
+    opened.add_queries(problem.queries, "q")
+    recipes = ("influence", "trak", "grad_cos")
+    alone = [opened.top_k("q", k=7, recipe=name) for name in recipes]
+    matrices = [opened.scores("q", recipe=name).compute() for name in recipes]
+    shutil.rmtree(opened.path / "cache")  # curvatures, too, are computed anew
+    with workers.taking_work():
+        for recipe, want, matrix in zip(recipes, alone, matrices, strict=True):
+            found = opened.top_k("q", k=7, recipe=recipe)
+            for one, other in (
+                (found.proponents, want.proponents),
+                (found.opponents, want.opponents),
+            ):
+                np.testing.assert_array_equal(one.indices, other.indices)
+                np.testing.assert_allclose(one.scores, other.scores, rtol=1e-5)
+            write_scores(opened.scores("q", recipe), tmp_path / recipe, queries="q", recipe=recipe)
+            np.testing.assert_allclose(zarr.open_array(tmp_path / recipe)[:], matrix, rtol=1e-5)
+
+
+@pytest.mark.parametrize("cuts", [[0, 40], [0, 3, 7, 40], list(range(41))])
+def test_the_smallest_of_parts_are_the_smallest(cuts: list[int]) -> None:
+    """With equal values, of which the first column comes first, and parts shorter than k."""
+    values = torch.randint(0, 4, (5, 40), generator=torch.Generator().manual_seed(0)).float()
+
+    def found(low: int, high: int) -> Any:
+        heaps = Heaps(5, min(6, high - low))
+        heaps.add(values[:, low:high].contiguous(), low)
+        return heaps.finish()
+
+    columns, kept = merged([found(*cut) for cut in itertools.pairwise(cuts)], 6)
+    order = values.sort(dim=1, stable=True)
+    np.testing.assert_array_equal(columns, order.indices[:, :6])
+    np.testing.assert_array_equal(kept, order.values[:, :6])

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from tda.cli import tables
+from tda.cluster import is_open
 from tda.errors import ConfigError, DataError, StoreError
 
 if TYPE_CHECKING:
@@ -174,7 +175,8 @@ def collect(run: Run, query_set: str, recipe: str, top: TopK, ids: Sequence[str]
 def write_scores(scores: da.Array, path: Path, *, queries: str, recipe: str) -> None:
     """Write a score matrix to the Zarr array ``path``, whole or not at all, a block at a time.
 
-    Blocks are computed two at a time at most: what is in memory does not grow with the matrix.
+    Blocks are computed two at a time at most, or one a worker of the open cluster: what is in
+    memory does not grow with the matrix.
     """
     import dask
     import zarr
@@ -195,7 +197,8 @@ def write_scores(scores: da.Array, path: Path, *, queries: str, recipe: str) -> 
             dimension_names=("query", "train"),
             attributes={"queries": queries, "recipe": recipe, "sign": "positive helps the query"},
         )
-        with dask.config.set(scheduler="threads", num_workers=2):
+        here = {} if is_open() else {"scheduler": "threads", "num_workers": 2}
+        with dask.config.set(here):
             scores.rechunk(chunks).store(array, lock=False)
         shutil.rmtree(path, ignore_errors=True)
         os.replace(partial, path)

@@ -21,13 +21,22 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tda.cluster.delivery import remade
 from tda.cluster.leaving import PreemptedError, on_sigterm
-from tda.cluster.pool import Workers, is_open, run
+from tda.cluster.pool import Workers, is_open, run, shares
 from tda.errors import ConfigError
 
 if TYPE_CHECKING:
     from distributed import Client
 
-__all__ = ["Cluster", "PreemptedError", "is_open", "on_sigterm", "remade", "run", "working"]
+__all__ = [
+    "Cluster",
+    "PreemptedError",
+    "is_open",
+    "on_sigterm",
+    "remade",
+    "run",
+    "shares",
+    "working",
+]
 
 KINDS = ("local", "slurm", "kubernetes")
 
@@ -47,6 +56,8 @@ _SETTINGS = {
     "distributed.worker.memory.terminate": 0.95,
     "distributed.scheduler.allowed-failures": 9,
     "distributed.worker.multiprocessing-method": "spawn",
+    # A score matrix travels with its queries, once a worker.
+    "distributed.admin.large-graph-warning-threshold": "1GiB",
 }
 
 

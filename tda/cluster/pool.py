@@ -7,8 +7,10 @@ lost, or hangs), so doing it again must change nothing.
 
 from __future__ import annotations
 
+import operator
 import queue
 import statistics
+import threading
 import time
 import uuid
 from collections import deque
@@ -30,6 +32,8 @@ WINDOW = 2  # pieces a worker has: the one at hand and the next
 PATIENCE = 4.0  # × the median time of a piece, then it is given to another worker as well …
 LEAST_PATIENCE = 10.0  # … but not before so many seconds
 _COPIES = 3  # of one piece at most
+_FETCH = 30.0  # seconds for the result of a piece to come
+_RESTART = 8.0  # seconds for a process that hangs to end before it is killed
 _LOOK = 0.5  # seconds between two looks at who is late
 
 
@@ -71,6 +75,13 @@ def is_open() -> bool:
     return bool(_OPEN)
 
 
+def shares(total: int, step: int, each: int = 1) -> list[tuple[int, int]]:
+    """``[0, total)`` cut at whole steps, ``each`` ranges a worker; one range without a cluster."""
+    count = each * len(_OPEN[-1].addresses()) if _OPEN else 1
+    size = step * max(1, -(-total // (step * max(1, count))))
+    return [(start, min(start + size, total)) for start in range(0, total, size)]
+
+
 class Workers:
     """The workers a client of a Dask scheduler reaches."""
 
@@ -97,8 +108,7 @@ class Workers:
         try:
             return _Dispatch(self, token, pieces, sizes, tick).finish()
         finally:
-            with suppress(Exception):  # of a scheduler that is gone
-                self.client.unregister_worker_plugin(token)
+            _briefly(self.client.unregister_worker_plugin, token)
 
 
 class _Dispatch:
@@ -120,6 +130,7 @@ class _Dispatch:
         self.copies = [0] * len(pieces)
         self.begun: dict[int, dict[str, float]] = {}  # piece → worker → when it was last begun
         self.times: list[float] = []
+        self.warm: set[str] = set()
         self.ended: queue.SimpleQueue[Future] = queue.SimpleQueue()
         self.known: list[str] = []
         self.looked = 0.0
@@ -137,7 +148,7 @@ class _Dispatch:
         finally:
             with suppress(Exception):  # of a scheduler that is gone
                 self.client.unsubscribe_topic(self.token)
-                self._drop()
+                _briefly(self._drop)
 
     def _hear(self, event: tuple[float, Any]) -> None:
         message = event[1]
@@ -179,9 +190,18 @@ class _Dispatch:
         if number is None or number in self.results:
             return
         if future.status == "finished":
-            self.results[number] = future.result()
-            begun = max(self.begun.get(number, {}).values(), default=since)
-            self.times.append(time.monotonic() - begun)
+            try:
+                self.results[number] = _fetched(future)
+            except TimeoutError:  # the worker that has it hangs: done again
+                holders = {w for some in self.client.who_has([future]).values() for w in some}
+                self._give(number, [w for w in self.known if w not in holders] or None)
+                return
+            worker, begun = max(
+                self.begun.get(number, {"": since}).items(), key=operator.itemgetter(1)
+            )
+            if worker in self.warm:  # the first one of a worker loads the model
+                self.times.append(time.monotonic() - begun)
+            self.warm.add(worker)
             self.tick(self.sizes[number])
             return
         if any(other == number for other, _ in self.given.values()):
@@ -207,14 +227,29 @@ class _Dispatch:
         if len(self.times) < 3:
             return
         median = statistics.median(self.times)
-        for number, since in list(self.given.values()):
-            begun = self.begun.get(number, {})
-            # One that was never begun waits behind another that is late.
-            start = max(begun.values()) if begun else since + WINDOW * median
-            allowed = max(PATIENCE * median, LEAST_PATIENCE) * 2 ** (self.copies[number] - 1)
-            others = [w for w in self.known if w not in begun]
-            if now - start > allowed and others and self.copies[number] < _COPIES:
+        late = [n for n, since in self.given.values() if self._is_late(n, since, median, now)]
+        holders = self._holders() if late else {}
+        for number in late:
+            others = [worker for worker in self.known if worker not in holders.get(number, ())]
+            if others:
                 self._give(number, others)
+
+    def _is_late(self, number: int, since: float, median: float, now: float) -> bool:
+        begun = self.begun.get(number, {})
+        # One that was never begun waits behind another that is late.
+        start = max(begun.values()) if begun else since + WINDOW * median
+        allowed = max(PATIENCE * median, LEAST_PATIENCE) * 2 ** (self.copies[number] - 1)
+        return now - start > allowed and self.copies[number] < _COPIES
+
+    def _holders(self) -> dict[int, set[str]]:
+        """The workers that have each piece, as the scheduler knows: who hangs tells no more."""
+        pieces = {future.key: number for future, (number, _) in self.given.items()}
+        found: dict[int, set[str]] = {}
+        for worker, keys in self.client.processing().items():
+            for key in keys:
+                if key in pieces:
+                    found.setdefault(pieces[key], set()).add(worker)
+        return found
 
     def _leave(self) -> None:
         """After SIGTERM: what was begun may end, what was not is taken back."""
@@ -231,15 +266,30 @@ class _Dispatch:
 
         One that hung might wake up later and write what by then has another owner.
         """
-        left = {number for number, _ in self.given.values()}
         if not self.given:
             return
+        is_done = len(self.results) == len(self.pieces)
+        late = set().union(*self._holders().values()) if is_done else set()
         self.client.cancel([*self.given], force=True)
-        if len(self.results) == len(self.pieces):
-            late = {worker for number in left for worker in self.begun.get(number, {})}
-            busy = [worker for worker in late if worker in self.workers.addresses()]
-            if busy:
-                self.client.restart_workers(busy, timeout=30, raise_for_error=False)
+        if late:
+            self.client.restart_workers([*late], timeout=_RESTART, raise_for_error=False)
+
+
+def _briefly(tidying: Callable[..., Any], *arguments: Any) -> None:
+    """Do it, but neither wait long for a worker that hangs nor mind a scheduler that is gone."""
+
+    def tidy() -> None:
+        with suppress(Exception):
+            tidying(*arguments)
+
+    thread = threading.Thread(target=tidy, daemon=True)
+    thread.start()
+    thread.join(2 * _RESTART)
+
+
+def _fetched(future: Future) -> Any:
+    """The result; most pieces have none, and then the worker need not be asked."""
+    return None if future.type is type(None) else future.result(timeout=_FETCH)
 
 
 def _explained(error: BaseException | None) -> BaseException:

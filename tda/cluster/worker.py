@@ -6,6 +6,7 @@ import asyncio
 import signal
 import threading
 import time
+from contextlib import suppress
 from typing import Any, cast
 
 import dask
@@ -49,7 +50,8 @@ class Settling(WorkerPlugin):
         worker.status = Status.paused
         while worker.state.executing and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
-        await worker.close_gracefully(restart=False, reason="SIGTERM")
+        with suppress(OSError):  # of a scheduler that is gone already
+            await worker.close_gracefully(restart=False, reason="SIGTERM")
 
 
 class Delivery(WorkerPlugin):

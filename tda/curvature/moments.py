@@ -6,12 +6,16 @@ chunks and workers ``merge`` in any order. Only the division by n, in ``mean``, 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
+
+from tda.cluster import run, shares
+from tda.progress import Tick
 
 TILE_BYTES = 32 * 2**20  # float32 rows of one tile: large enough for BLAS, small enough for caches
 EXACT_FLOPS = 2**32  # below this a curvature is taken in float64: it costs a second at most
@@ -116,6 +120,9 @@ class WeightedRows:
     def count(self) -> int:
         return len(self.rows)
 
+    def merge(self, other: WeightedRows) -> WeightedRows:
+        return WeightedRows(torch.cat([self.rows, other.rows]))
+
 
 @dataclass(frozen=True)
 class Part:
@@ -131,32 +138,65 @@ class Part:
 
 def second_moments(
     parts: Sequence[Part], blocks: Sequence[slice], *, whole: bool = True, dual: bool = True
-) -> list[Gram | WeightedRows | Diagonal]:
+) -> list[Moment]:
     """H = (1/N) Σ h x xᵀ over the N rows of all parts, for every block of columns.
 
-    One pass over each table. ``whole``: the whole matrix, in its dual form where N is smaller than
-    the block, unless not ``dual``; else its diagonal. Raises StoreError if a chunk is missing or
-    altered.
+    One pass over each table, by the open cluster's workers if there is one. ``whole``: the whole
+    matrix, in its dual form where N is smaller than the block, unless not ``dual``; else its
+    diagonal. Raises StoreError if a chunk is missing or altered.
     """
     count = sum(part.table.num_rows for part in parts)
     widths = [block.stop - block.start for block in blocks]
-    kept: dict[int, list[Tensor]] = {
-        b: [] for b, k in enumerate(widths) if whole and dual and count < k
-    }
-    kind = Gram if whole else Diagonal
-    sums: list[Gram | Diagonal] = [kind.zero(0 if b in kept else k) for b, k in enumerate(widths)]
-    for part in parts:
-        for start, stop in row_ranges(part.table):
+    kept = frozenset(b for b, k in enumerate(widths) if whole and dual and count < k)
+    work = Sums(tuple(parts), tuple(blocks), kept, whole, count)
+    spans = [
+        (place, *span)
+        for place, part in enumerate(parts)
+        for span in shares(part.table.num_rows, part.table.chunk_rows)
+    ]
+    found = run(work, spans)
+    return [functools.reduce(_merge, sums) for sums in zip(*found, strict=True)]
+
+
+Moment: TypeAlias = Gram | WeightedRows | Diagonal
+
+
+def _merge(a: Any, b: Any) -> Moment:
+    return a.merge(b)
+
+
+@dataclass(frozen=True)
+class Sums:
+    """The second moments of a range of the rows of a part; ``kept`` blocks as weighted rows."""
+
+    parts: tuple[Part, ...]
+    blocks: tuple[slice, ...]
+    kept: frozenset[int]
+    whole: bool
+    count: int
+
+    def __call__(self, span: tuple[int, int, int], tick: Tick) -> list[Moment]:
+        part = self.parts[span[0]]
+        widths = [block.stop - block.start for block in self.blocks]
+        kind = Gram if self.whole else Diagonal
+        kept: dict[int, list[Tensor]] = {b: [] for b in self.kept}
+        sums: list[Gram | Diagonal] = [
+            kind.zero(0 if b in kept else k) for b, k in enumerate(widths)
+        ]
+        for start, stop in row_ranges(part.table, *span[1:]):
             rows = part.table.rows(part.checkpoint, start, stop)
-            for b, block in enumerate(blocks):
+            for b, block in enumerate(self.blocks):
                 weights = part.weights[start:stop]
                 weights = weights if weights.ndim == 1 else weights[:, b]
                 if b in kept:
                     kept[b].append(rows[:, block].double() * weights.sqrt()[:, None])
                     continue
-                exact = count * widths[b] ** 2 < EXACT_FLOPS
+                exact = self.count * widths[b] ** 2 < EXACT_FLOPS
                 sums[b] = sums[b].add(rows[:, block].to(_DTYPES[exact]), weights)
-    return [WeightedRows(torch.cat(kept[b])) if b in kept else sums[b] for b in range(len(widths))]
+            tick(stop - start)
+        return [
+            WeightedRows(torch.cat(kept[b])) if b in kept else sums[b] for b in range(len(widths))
+        ]
 
 
 _DTYPES = {True: torch.float64, False: torch.float32}

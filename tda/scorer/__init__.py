@@ -17,12 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tda.cluster import is_open, run, shares
 from tda.curvature import row_ranges
 from tda.errors import RecipeError, StoreError
+from tda.progress import Tick
 from tda.recipe import Recipe
 from tda.scorer.embedding import Embedding, reciprocal
 from tda.scorer.operators import Operators
-from tda.scorer.ranking import Heaps, Ranking, TopK, clipped, ranked
+from tda.scorer.ranking import Found, Heaps, Ranking, TopK, clipped, merged, ranked
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -244,21 +246,38 @@ def top_k(prepared: Prepared, k: int) -> TopK:
 
     k is clipped to n. Memory: the answer, a few pairs for each score in it, and two tiles of rows;
     the full matrix is never made. Products are float32, or bfloat16 with what those leave in doubt
-    scored again (see ``shortlist``).
+    scored again (see ``shortlist``). The workers of an open cluster have ranges of the rows.
     """
     from tda.scorer import shortlist
 
     k = clipped(k, prepared.train.num_rows)
-    return shortlist.top_k(prepared, k) if shortlist.pays(prepared, k) else plain_top_k(prepared, k)
+    if not is_open() and shortlist.pays(prepared, k):
+        return shortlist.top_k(prepared, k)
+    return plain_top_k(prepared, k)
 
 
 def plain_top_k(prepared: Prepared, k: int) -> TopK:
     """``top_k`` by products in the precision of the queries alone; k ≤ n."""
-    best, worst = Heaps(prepared.num_queries, k), Heaps(prepared.num_queries, k)
-    for low, _, rows in stream(prepared.train, 0, prepared.train.num_rows):
-        for first, some in _query_tiles(prepared):
-            tile = _tile(some, rows, low, first)
-            worst.add(tile, low, first)
-            best.add(tile.neg_(), low, first)
-    indices, negated = best.finish()
-    return ranked(prepared.train, (indices, -negated), worst.finish())
+    spans = shares(prepared.train.num_rows, prepared.train.chunk_rows, each=2)
+    parts = run(Ends(prepared, k), spans)
+    best, worst = (merged([part[end] for part in parts], k) for end in (0, 1))
+    return ranked(prepared.train, (best[0], -best[1]), worst)
+
+
+@dataclass(frozen=True)
+class Ends:
+    """The k smallest negated scores, and the k smallest scores, among a range of the rows."""
+
+    prepared: Prepared
+    k: int
+
+    def __call__(self, span: tuple[int, int], tick: Tick) -> tuple[Found, Found]:
+        k = min(self.k, span[1] - span[0])
+        best, worst = (Heaps(self.prepared.num_queries, k) for _ in range(2))
+        for low, high, rows in stream(self.prepared.train, *span):
+            for first, some in _query_tiles(self.prepared):
+                tile = _tile(some, rows, low, first)
+                worst.add(tile, low, first)
+                best.add(tile.neg_(), low, first)
+            tick(high - low)
+        return best.finish(), worst.finish()

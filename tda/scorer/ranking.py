@@ -6,6 +6,7 @@ Equal scores are ordered by train index, whatever the order of tiles or of threa
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,9 @@ from tda.errors import RecipeError
 
 if TYPE_CHECKING:
     from tda.store import Table
+
+
+Found = tuple[np.ndarray, np.ndarray]  # (columns [m, k], values [m, k]), smallest value first
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,8 @@ def clipped(k: int, num_rows: int) -> int:
 
 def ranked(
     train: Table,
-    best: tuple[np.ndarray, np.ndarray],
-    worst: tuple[np.ndarray, np.ndarray],
+    best: Found,
+    worst: Found,
     recall: float | None = None,
 ) -> TopK:
     """A TopK from (indices, scores) of both ends, already in order."""
@@ -88,10 +92,17 @@ class Heaps:
         values = faiss.swig_ptr(tile.numpy())
         self._heap.addn(tile.shape[1], values, first_column, first_row, len(tile))
 
-    def finish(self) -> tuple[np.ndarray, np.ndarray]:
+    def finish(self) -> Found:
         """(columns, values) [m, k], smallest (largest) first; call once."""
         self._heap.reorder()
         return self.columns, self.values
+
+
+def merged(parts: Sequence[Found], k: int) -> Found:
+    """The k smallest of each row, from those of ranges of columns in ascending order."""
+    columns, values = (np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True))
+    order = np.argsort(values, axis=1, kind="stable")[:, :k]  # of equal values the first column
+    return np.take_along_axis(columns, order, 1), np.take_along_axis(values, order, 1)
 
 
 def limit_faiss_threads() -> None:
