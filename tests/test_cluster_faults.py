@@ -116,14 +116,15 @@ class Site:
     def _spawn(self, command: list[str], **environment: str) -> subprocess.Popen:
         root = str(Path(tda.__file__).parents[1])
         inherited = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
-        return subprocess.Popen(
-            command,
-            cwd=self.folder,
-            env={**inherited, **environment},
-            stderr=(self.folder / "errors").open("a"),
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        with (self.folder / "errors").open("a") as errors:
+            return subprocess.Popen(
+                command,
+                cwd=self.folder,
+                env={**inherited, **environment},
+                stderr=errors,
+                stdout=subprocess.DEVNULL,
+                start_new_session=True,
+            )
 
     def finish(self, *options: str) -> dict[str, str]:
         """The same command, undisturbed: the digests of all files it leaves."""
