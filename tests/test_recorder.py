@@ -180,6 +180,18 @@ def test_a_submodule_is_recorded_with_its_own_part_of_the_optimizer(tmp_path):
     assert torch.equal(state.moments["weight"].mean, training.states[2]["state"][5]["exp_avg"])
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # what importing its compiler says
+@pytest.mark.parametrize(
+    "wrap", [pytest.param(torch.compile, marks=pytest.mark.slow), nn.DataParallel]
+)
+def test_a_wrapped_model_is_recorded_by_its_own_names(tmp_path, wrap):
+    training = sgd()
+    with tda.Recorder(tmp_path, wrap(training.model), training.optimizer, 2):
+        training.run(2)
+    (checkpoint,) = tda.recorded(tmp_path)
+    assert digest_of(checkpoint.load()) == digest_of(training.weights[2])
+
+
 def test_groups_with_several_rates_count_by_their_size(tmp_path):
     model = network()
     groups = [{"params": model[0].parameters(), "lr": 0.3}, {"params": model[2:].parameters()}]

@@ -61,7 +61,7 @@ class Recorder:
         if isinstance(keep, int) and keep < 1:
             raise TaskError("keep is not a number of steps", found=keep, wanted="1 or more")
         self.folder = Path(folder)
-        self._model: nn.Module = getattr(model, "_orig_mod", model)  # before torch.compile
+        self._model = _bare(model)
         self._optimizer = _unwrapped(optimizer)
         self._keep = keep
         self._state()  # what does not fit is said before training, not after
@@ -273,6 +273,17 @@ def _known(state: Mapping[str, Any], model: nn.Module) -> OptimizerState | None:
         return read_state(state, model, "the optimizer")
     except TaskError:
         return None
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """The model within torch.compile and data-parallel training, by whose names it is indexed."""
+    while True:
+        if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
 
 
 def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
