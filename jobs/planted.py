@@ -35,6 +35,7 @@ import argparse
 import functools
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ console = Console()
 class Planted:
     """The training set, and what was done to it: ``[train]`` bool each."""
 
-    images: np.ndarray
+    images: np.ndarray  # what an example is: here a picture
     labels: np.ndarray
     true: np.ndarray  # labels as they were
     source: np.ndarray
@@ -223,8 +224,8 @@ def task(
     return tda.Task(network(), checkpoints=checkpoints, measurement="cross_entropy")
 
 
-def figures(run: tda.Run, made: Planted) -> dict[str, Any]:
-    """What is found of each kind of fault, by what the report shows."""
+def figures(run: tda.Run, made: Any, names: Sequence[str] = NAMES) -> dict[str, Any]:
+    """What is found of each kind of fault, by what the report shows. names: of the classes."""
     suspects = valuation.mislabelled_in(run)
     loss = run.store.table("train").column("loss")[-1]
     honest = made.source != SCRAPE  # nobody's labels there are right or wrong
@@ -271,7 +272,7 @@ def figures(run: tda.Run, made: Planted) -> dict[str, Any]:
                 "examples": int((made.labels[honest] == c).sum()),
                 "flagged though right": int(false[made.labels == c].sum()),
             }
-            for c, name in enumerate(NAMES)
+            for c, name in enumerate(names)
         },
     }
 
@@ -316,21 +317,28 @@ def main(
     run = tda.index(model, train_set(**sizes), path, proj_dim=proj_dim)
     queries = test_set(num_test, data)
     run.add_queries(queries, "test", progress=True)
-    found = figures(run, planted(**sizes))
-    (Path(path) / "planted.json").write_text(json.dumps(found, indent=1) + "\n")
+    again = None if no_retrain else functools.partial(train, epochs=epochs, **sizes)
+    examine(run, planted(**sizes), NAMES, again, queries, seeds=(0, 1))
+    console.print(f"{time.perf_counter() - started:.0f} s")
+
+
+def examine(
+    run: tda.Run, made: Any, names: Sequence[str], again: Any, queries: Any, seeds: Sequence[int]
+) -> None:
+    """Print and keep the figures, write the report; again: the training, to do what is proposed."""
+    found = figures(run, made, names)
+    run.path.joinpath("planted.json").write_text(json.dumps(found, indent=1) + "\n")
     tell(found)
-    again = functools.partial(train, epochs=epochs, **sizes)
     page = write_report(
         run,
         query_name="test",
         recipe="influence",
-        label_names=NAMES,
+        label_names=names,
         retrain=None
-        if no_retrain
-        else lambda data: retrain(run, data, again, queries, seeds=(0, 1)),
+        if again is None
+        else lambda data: retrain(run, data, again, queries, seeds=seeds),
     )
-    console.print(f"{time.perf_counter() - started:.0f} s")
-    if not no_retrain:
+    if again is not None:
         tell_retrained(page)
     print(page)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,10 +16,13 @@ from tda.store import Store, Table
 _TILE = 1024  # queries at a time
 
 
-def embedding_top_k(store: Store, queries: Table, k: int) -> TopK:
+def embedding_top_k(
+    store: Store, queries: Table, k: int, only: Sequence[int] | None = None
+) -> TopK:
     """Nearest and farthest training examples: cos(h_q, h_i), h the last hidden layer.
 
-    At the last checkpoint. Raises StoreError where the run holds no embeddings.
+    At the last checkpoint; ``only``: of some of the queries, in this order. Raises StoreError where
+    the run holds no embeddings.
     """
     train = store.table("train")
     for table in (train, queries):
@@ -30,8 +35,9 @@ def embedding_top_k(store: Store, queries: Table, k: int) -> TopK:
             )
     last = train.num_checkpoints - 1
     k = clipped(k, train.num_rows)
-    best, worst = Heaps(queries.num_rows, k), Heaps(queries.num_rows, k)
     wanted = _unit(torch.cat([queries.embedding(last, *span) for span in row_ranges(queries)]))
+    wanted = wanted if only is None else wanted[list(only)]
+    best, worst = Heaps(len(wanted), k), Heaps(len(wanted), k)
     for start, stop in row_ranges(train):
         rows = _unit(train.embedding(last, start, stop))
         for first in range(0, len(wanted), _TILE):

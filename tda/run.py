@@ -37,6 +37,7 @@ from tda.training.metric import check_projection
 if TYPE_CHECKING:
     import dask.array as da
 
+    from tda.scorer import Prepared
     from tda.scorer.ranking import TopK
 
 _CHUNK_BYTES = 8 * 2**20  # of rows: larger buffers page-fault on every read
@@ -306,7 +307,7 @@ class Run:
         """
         from tda import scorer
 
-        return scorer.scores(self._prepare(queries, recipe))
+        return scorer.scores(self.prepare(queries, recipe))
 
     def top_k(
         self,
@@ -324,7 +325,7 @@ class Run:
         from tda import scorer
         from tda.scorer import candidates
 
-        prepared = self._prepare(queries, recipe)
+        prepared = self.prepare(queries, recipe)
         if approximate:
             return candidates.approximate_top_k(self.store, prepared, k)
         return scorer.top_k(prepared, k)
@@ -338,15 +339,22 @@ class Run:
 
         return scorer.self_influence(self.store, self.recipe(recipe))
 
-    def baseline_top_k(self, queries: Any, k: int = 10) -> TopK:
+    def baseline_top_k(self, queries: Any, k: int = 10, only: Sequence[int] | None = None) -> TopK:
         """What needs no gradient: nearest and farthest examples by cosine of the last hidden layer.
 
-        Raises StoreError where the run holds no embeddings.
+        only: some of the queries, by index. Raises StoreError where the run holds no embeddings.
         """
         from tda.baselines import embedding_top_k
 
         name = self._name(queries)
-        return embedding_top_k(self.store, self.store.table(f"queries/{name}"), k)
+        return embedding_top_k(self.store, self.store.table(f"queries/{name}"), k, only)
+
+    def prepare(self, queries: Any, recipe: str | Recipe = "influence") -> Prepared:
+        """The queries with the whole method folded in: what `tda.scorer` works on."""
+        from tda import scorer
+
+        chosen, name = self.recipe(recipe), self._name(queries)
+        return scorer.prepare(self.store, chosen, self.store.table(f"queries/{name}"))
 
     def recipe(self, recipe: str | Recipe) -> Recipe:
         """The recipe of that name; "auto": what suits this run best, its ``summary`` says why."""
@@ -363,13 +371,6 @@ class Run:
                 do="store it with run.add_queries(dataset, name) or `tda index`",
             )
         return queries
-
-    def _prepare(self, queries: Any, recipe: str | Recipe) -> Any:
-        from tda import scorer
-
-        chosen = self.recipe(recipe)
-        name = self._name(queries)
-        return scorer.prepare(self.store, chosen, self.store.table(f"queries/{name}"))
 
     def featurizer(self) -> Featurizer:
         """The featurizer of this run's task, with this run's projection."""

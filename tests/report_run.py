@@ -9,13 +9,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import dask.array as da
 import numpy as np
+import torch
 from sklearn.datasets import load_digits
 
 from tda import valuation
 from tda.recipes import get_recipe
 from tda.report.findings import Findings
+from tda.scorer import Prepared
 from tda.valuation.duplicates import Pairs
 
 # ---- a run without a model
@@ -36,6 +37,9 @@ class FakeTable:
 
     def column(self, name: str) -> np.ndarray:
         return self.held[name]
+
+    def entries(self, name: str, indices: Any) -> np.ndarray:
+        return self.held[name][indices]
 
 
 @dataclass
@@ -62,6 +66,29 @@ class FakeTopK:
 
 
 @dataclass
+class FakeRows:
+    """The columns of a score matrix [query, train], as rows of training examples."""
+
+    matrix: np.ndarray
+    num_checkpoints = 1
+    chunk_rows = 64
+
+    @property
+    def num_rows(self) -> int:
+        return self.matrix.shape[1]
+
+    @property
+    def dim(self) -> int:
+        return self.matrix.shape[0]
+
+    def rows(self, checkpoint: int, start: int, stop: int) -> torch.Tensor:
+        return torch.from_numpy(self.matrix[:, start:stop].T.copy())
+
+    def gather(self, checkpoint: int, indices: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(self.matrix[:, indices].T.copy())
+
+
+@dataclass
 class FakeRun:
     """A finished run whose scores are a matrix in memory."""
 
@@ -74,16 +101,20 @@ class FakeRun:
     def recipe(self, recipe: Any) -> Any:
         return get_recipe(recipe)
 
-    def scores(self, name: str, recipe: Any) -> da.Array:
+    def prepare(self, name: str, recipe: Any) -> Prepared:
+        """score[q, i] = ⟨e_q, column i of the matrix⟩."""
         other = self.matrix if getattr(recipe, "name", recipe) == "influence" else self.cosine
-        return da.from_array(other, chunks=(other.shape[0], 256))
+        rows = FakeRows(other)
+        chosen = get_recipe(recipe)
+        return Prepared(chosen, rows, (torch.eye(rows.dim),), torch.ones(1, rows.num_rows))
 
     def top_k(self, name: str, k: int, recipe: Any) -> FakeTopK:
         return FakeTopK(self._ranking(-self.matrix, k), self._ranking(self.matrix, k))
 
-    def baseline_top_k(self, name: str, k: int) -> FakeTopK:
-        order = np.argsort(-self.cosine, axis=1, kind="stable")[:, :k]
-        near = FakeRanking(self._ids(order), order, np.take_along_axis(self.cosine, order, 1))
+    def baseline_top_k(self, name: str, k: int, only: Any) -> FakeTopK:
+        cosine = self.cosine[only]
+        order = np.argsort(-cosine, axis=1, kind="stable")[:, :k]
+        near = FakeRanking(self._ids(order), order, np.take_along_axis(cosine, order, 1))
         return FakeTopK(near, near)
 
     def self_influence(self, recipe: Any) -> np.ndarray:
@@ -171,7 +202,7 @@ def fake_find(
     replicates = np.stack([total - shift, total, total + shift])[:, None]
     ids, asked = train.column("id"), queries.column("id")
     labels = train.held.get("label")
-    near = valuation.neighbours(run.cosine.T)
+    near = valuation.neighbours(run.cosine.T, 15)
     classes = labels is not None and labels.dtype.kind != "f"
     one = np.ones(1)
     pairs = Pairs(np.array([0]), np.array([1]), 0.999 * one, 0.998 * one, one > 2)
@@ -189,6 +220,7 @@ def fake_find(
         stability=(0.8, 0.9, 0.7),
         projection=0.9,
         knn=total + shift,
+        num_knn_queries=queries.num_rows,
         damping=(0.25, 0.125),
     )
 

@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import dask.array as da
 import numpy as np
 import pytest
 from report_run import FakeRun, FakeTopK, Page, digits_run, fake_find, numbers_of
@@ -21,6 +20,7 @@ import tda.report.page as page_module
 from tda.errors import DataError, RecipeError, StoreError
 from tda.report import collect, render, summarise, write_report
 from tda.report.data import Agreement, ReportData
+from tda.scorer import Prepared
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -229,17 +229,17 @@ def test_targets_of_a_regression_are_not_taken_for_classes(tmp_path):
 
 def test_what_cannot_be_compared_is_said_not_hidden(tmp_path):
     run = digits_run(tmp_path)
-    whole = run.scores
+    whole = run.prepare
 
-    def scores(name: str, recipe: Any) -> da.Array:
+    def prepare(name: str, recipe: Any) -> Prepared:
         if recipe == "trak":
             raise RecipeError("the measurement has no margin")
         return whole(name, recipe)
 
-    def no_embedding(name: str, k: int) -> FakeTopK:
+    def no_embedding(name: str, k: int, only: Any) -> FakeTopK:
         raise StoreError("the run holds no embeddings")
 
-    run.scores, run.baseline_top_k = scores, no_embedding
+    run.prepare, run.baseline_top_k = prepare, no_embedding
     data = collect(run)
     text = Page(render(data)).text
     assert "the measurement has no margin" in text

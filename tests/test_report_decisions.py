@@ -71,14 +71,14 @@ def test_every_example_has_one_action_and_all_its_reasons():
     assert actions[0].notes == ("copy of query q1", "copy of t0")
 
 
-@pytest.mark.parametrize(("independent", "action"), [(True, "remove"), (False, "review")])
-def test_harm_is_acted_on_only_where_trainings_are_independent(independent, action):
+@pytest.mark.parametrize(("independent", "proposed"), [(True, [(3, "remove")]), (False, [])])
+def test_harm_is_acted_on_only_where_trainings_are_independent(independent, proposed):
     replicates = np.random.default_rng(0).normal(size=(6, 40)) * 0.01
     replicates[:, 3] -= 5
-    sure = significance_of(replicates)
+    sure = significance_of(replicates, independent=independent)
     values = Values(replicates.mean(0), sure=sure, num_replicates=6, independent=independent)
     ids = np.arange(40).astype(str)
-    assert [(a.index, a.action) for a in propose(values, Findings(), ids, ids)] == [(3, action)]
+    assert [(a.index, a.action) for a in propose(values, Findings(), ids, ids)] == proposed
 
 
 def test_no_cell_of_the_actions_is_a_formula():
@@ -101,20 +101,17 @@ GOOD = Checked("half", Estimate(0.4, 0.3, 0.5), 0.8, 64, 2)
 POOR = Checked("half", Estimate(0.4, -0.1, 0.5), 0.8, 64, 2)
 
 
-def verdict(
-    checked=(), stability=(), projection=1.0, effect=9.0, count=3, independent=False
-) -> str:
+def verdict(checked=(), stability=(), projection=1.0, effect=9.0, count=3, independent=True) -> str:
     replicates = effect + np.random.default_rng(0).normal(size=(count, 20)) * 0.01
-    values = Values(
-        replicates.mean(0), None, significance_of(replicates), count, independent, "nothing"
-    )
+    sure = significance_of(replicates, independent=independent)
+    values = Values(replicates.mean(0), None, sure, count, independent, "nothing")
     found = Findings(checked=checked, stability=stability, projection=projection)
     return judge(values, found).verdict
 
 
 def test_the_verdict_follows_its_rule():
     assert verdict() == NOT  # nothing tells
-    assert verdict(stability=(0.1, 0.2)) == NOT
+    assert verdict(stability=(0.1, 0.1)) == NOT
     assert verdict(stability=(0.6, 0.7)) == PLAUSIBLE
     assert verdict((GOOD,), (0.6,)) == RELIABLE
     assert verdict((GOOD,), (0.1,)) == LARGE
@@ -123,6 +120,7 @@ def test_the_verdict_follows_its_rule():
     assert verdict((GOOD,), (0.6,), projection=0.2) == NOT
     assert verdict((GOOD, POOR), (0.9,)) == NOT  # one retraining that fails is enough
     assert verdict((GOOD,), (0.9,), count=1) == LARGE
+    assert verdict((GOOD,), (0.9,), independent=False) == LARGE  # one training: no sign is tested
 
 
 def test_retrained_removals_that_went_the_other_way_overrule_everything():
@@ -131,7 +129,7 @@ def test_retrained_removals_that_went_the_other_way_overrule_everything():
     def trust(*changes: float) -> str:
         replicates = 9 + np.random.default_rng(0).normal(size=(3, 20)) * 0.01
         sure = significance_of(replicates)
-        values = Values(replicates.mean(0), None, sure, 3, False, "nothing")
+        values = Values(replicates.mean(0), None, sure, 3, True, "nothing")
         judged = judge(values, Findings(checked=(GOOD,), stability=(0.6,), projection=1.0))
         measured = tuple(Measured("x", 5, 0, 0.1, c, c - 0.05, c + 0.05, 1) for c in changes)
         return judged.with_removals(measured).verdict
@@ -142,8 +140,8 @@ def test_retrained_removals_that_went_the_other_way_overrule_everything():
 
 def test_the_mean_of_independent_trainings_is_trusted_more_than_one_of_them():
     """Spearman–Brown: r = .31 of one training is 3·.31/(1 + 2·.31) = .574 of the mean of three."""
-    assert verdict(stability=(0.31,)) == NOT
-    assert verdict(stability=(0.31,), independent=True) == PLAUSIBLE
+    assert verdict(stability=(0.31,), independent=False) == NOT
+    assert verdict(stability=(0.31,)) == PLAUSIBLE
 
 
 def test_the_verdict_stands_at_the_top_and_its_rule_on_the_page(run):

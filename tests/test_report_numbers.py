@@ -6,13 +6,14 @@ import json
 import re
 import tracemalloc
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-import dask.array as da
 import numpy as np
 import pytest
-from report_run import FakeRun, FakeTopK, Page, digits_run, fake_find
+import torch
+from report_run import FakeRows, FakeRun, FakeTopK, Page, digits_run, fake_find
+from scipy import stats
 
 from tda.evaluate.intervals import spearman
 from tda.recipes import RECIPES
@@ -22,6 +23,7 @@ from tda.report.examples import Gallery, clean
 from tda.report.findings import Findings
 from tda.report.gather import select
 from tda.report.numbers import percent, plain, unit_exponent
+from tda.scorer import Prepared
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,16 +40,26 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> FakeRun:
     return digits_run(tmp_path_factory.mktemp("digits_run"))
 
 
-def test_values_are_the_mean_score_and_its_standard_error_whatever_the_chunks(run):
-    for chunks in ((40, 200), (7, 31)):
-        chunked = replace(run)
-        chunked.scores = lambda name, recipe, c=chunks: da.from_array(run.matrix, chunks=c)
-        values = collect(chunked, compare=()).values
-        exact = run.matrix.astype(np.float64)
-        np.testing.assert_allclose(values.mean, exact.mean(0), rtol=1e-12)
-        error = exact.std(0, ddof=1) / np.sqrt(40)
-        np.testing.assert_allclose(values.error, error, rtol=1e-6, atol=1e-12)
-        assert values.num_clearly_helping == (exact.mean(0) > CLEAR * error).sum()
+def test_values_are_the_mean_score_and_its_standard_error(run):
+    values = collect(run, compare=()).values
+    exact = run.matrix.astype(np.float64)
+    np.testing.assert_allclose(values.mean, exact.mean(0), rtol=1e-12)
+    error = exact.std(0, ddof=1) / np.sqrt(40)
+    np.testing.assert_allclose(values.error, error, rtol=1e-5, atol=1e-12)
+    assert values.num_clearly_helping == (exact.mean(0) > CLEAR * error).sum()
+
+
+def test_ranks_of_a_large_set_are_those_of_examples_spread_over_it(run, monkeypatch):
+    """…and the page says how many: 50 of 200 here."""
+    monkeypatch.setattr("tda.report.gather.RANKED", 50)
+    data = collect(run, compare=("grad_cos",))
+    (found,) = (a for a in data.agreements if a.right == "grad_cos")
+    some = np.linspace(0, 199, 50).round().astype(int)
+    pairs = zip(run.matrix[:, some], run.cosine[:, some], strict=True)
+    each = np.array([stats.spearmanr(a, b).statistic for a, b in pairs])
+    shown = [query.example.index for query in data.queries]
+    assert found.value == pytest.approx(each[shown].mean(), abs=1e-6)
+    assert "the scores of 50 training examples" in Page(render(data)).text
 
 
 def test_too_few_queries_give_no_standard_error_and_no_claim_of_clarity(tmp_path):
@@ -173,21 +185,27 @@ def test_the_score_matrix_is_never_held_whole(tmp_path, monkeypatch):
         }
     small = run.matrix
 
-    def block(block_info: Any = None) -> np.ndarray:
-        (low, high) = block_info[None]["array-location"][1]
-        return np.tile(small[:, np.arange(low, high) % 40], (num_queries // 8, 1))
+    @dataclass
+    class Tiled(FakeRows):
+        num_rows = num_train
 
-    def scores(name: str, recipe: Any) -> da.Array:
-        chunks = ((num_queries,), (1000,) * (num_train // 1000))
-        return da.map_blocks(block, chunks=chunks, dtype=np.float32, meta=np.empty((0, 0), "f4"))
+        def gather(self, checkpoint: int, indices: np.ndarray) -> torch.Tensor:
+            return super().gather(checkpoint, np.asarray(indices) % 40)
+
+        def rows(self, checkpoint: int, start: int, stop: int) -> torch.Tensor:
+            return self.gather(checkpoint, np.arange(start, stop))
+
+    def prepare(name: str, recipe: Any) -> Prepared:
+        queries = torch.eye(8).repeat(num_queries // 8, 1)
+        return Prepared(RECIPES["influence"], Tiled(small), (queries,), torch.ones(1, num_train))
 
     few = FakeTopK(run._ranking(-small, 3), run._ranking(small, 3))
     for ranking in (few.proponents, few.opponents):
         for name in ("ids", "indices", "scores"):
             setattr(ranking, name, np.tile(getattr(ranking, name), (num_queries // 8, 1)))
-    run.scores, run.itself = scores, np.tile(run.itself, num_train // 40)
+    run.prepare, run.itself = prepare, np.tile(run.itself, num_train // 40)
     run.top_k = lambda name, k, recipe: few
-    run.baseline_top_k = lambda name, k: few
+    run.baseline_top_k = lambda name, k, only: few
     tracemalloc.start()
     collect(run, max_queries=4, compare=("trak",))
     peak = tracemalloc.get_traced_memory()[1]

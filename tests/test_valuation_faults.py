@@ -14,8 +14,9 @@ from sklearn.neighbors import NearestNeighbors
 import tda
 from tda import valuation
 from tda.errors import DataError
+from tda.valuation import faults, nearest
 from tda.valuation.duplicates import components
-from tda.valuation.faults import gradient_neighbours, votes_of
+from tda.valuation.faults import gradient_neighbours, tally
 
 SIZES = (800, 400, 200, 100, 50, 25, 12)
 
@@ -170,14 +171,14 @@ def test_rare_classes_are_not_flagged_wholesale(rng, hidden):
     shares = []
     for _ in range(3):
         rows, truth, given, wrong = long_tailed(rng, 6, hidden)
-        flagged = valuation.mislabelled(given, valuation.neighbours(rows)).flagged & ~wrong
+        flagged = valuation.mislabelled(given, valuation.neighbours(rows, 15)).flagged & ~wrong
         shares.append([flagged[truth == c].mean() for c in range(len(SIZES))])
     assert np.mean(shares, axis=0).max() < 0.05
 
 
 def test_wrong_labels_of_a_long_tail_are_found_and_mended(rng):
     rows, truth, given, wrong = long_tailed(rng, 6)
-    found = valuation.mislabelled(given, valuation.neighbours(rows))
+    found = valuation.mislabelled(given, valuation.neighbours(rows, 15))
     assert found.flagged[wrong].mean() > 0.9
     assert wrong[found.flagged].mean() > 0.9
     both = found.flagged & wrong
@@ -186,12 +187,12 @@ def test_wrong_labels_of_a_long_tail_are_found_and_mended(rng):
 
 def test_clean_labels_are_left_alone(rng):
     rows, truth, _, _ = long_tailed(rng, 6)
-    assert valuation.mislabelled(truth, valuation.neighbours(rows)).flagged.mean() < 0.005
+    assert valuation.mislabelled(truth, valuation.neighbours(rows, 15)).flagged.mean() < 0.005
 
 
 def test_self_influence_orders_the_flagged_but_flags_nobody(rng):
     rows, _, given, wrong = long_tailed(rng, 6)
-    near = valuation.neighbours(rows)
+    near = valuation.neighbours(rows, 15)
     weight = rng.random(len(given))
     plain, ordered = (valuation.mislabelled(given, near, w) for w in (None, weight))
     np.testing.assert_array_equal(plain.flagged, ordered.flagged)
@@ -209,11 +210,64 @@ def test_neighbours_are_scikit_learns_without_the_example_itself(rng):
     assert (found.indices != np.arange(200)[:, None]).all()
 
 
+def clusters(rng, n: int = 4000, dim: int = 8) -> np.ndarray:
+    return rng.normal(size=(40, dim))[rng.integers(0, 40, n)] + 0.1 * rng.normal(size=(n, dim))
+
+
+def test_an_approximate_search_tells_what_it_misses(rng, monkeypatch):
+    """Beyond EXACT: recall is the true share (here, of all examples, in float64) to ± .05."""
+    rows = clusters(rng)
+    exact = valuation.neighbours(rows, 10)
+    monkeypatch.setattr(nearest, "EXACT", 1)
+    monkeypatch.setattr(nearest, "SCANNED", 1)
+    found = valuation.neighbours(rows, 10)
+    assert exact.recall == 1
+    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    cosine = unit @ unit.T
+    np.testing.assert_allclose(
+        found.similarity, np.take_along_axis(cosine, found.indices.astype(int), 1), atol=1e-6
+    )
+    np.fill_diagonal(cosine, -2)
+    least = np.sort(cosine, axis=1)[:, -10]
+    share = (found.similarity >= least[:, None] - 1e-6).mean()
+    assert share > 0.8 and found.recall == pytest.approx(share, abs=0.05)
+    assert (found.indices >= 0).all() and (found.indices != np.arange(4000)[:, None]).all()
+
+
+def test_an_approximate_search_finds_the_same_faults(planted, monkeypatch):
+    """Equal content always; the rest of so small a set as well, as it lies in few cells."""
+    exact = valuation.duplicates(planted.run), valuation.leakage(planted.run, "test")
+    monkeypatch.setattr(nearest, "EXACT", 1)
+    found = valuation.duplicates(planted.run), valuation.leakage(planted.run, "test")
+    for one, other in zip(exact, found, strict=True):
+        np.testing.assert_array_equal(one.pairs.left, other.pairs.left)
+        np.testing.assert_array_equal(one.pairs.right, other.pairs.right)
+    assert 0.5 < found[0].pairs.recall <= 1
+
+
+def test_no_cell_with_too_few_examples_shortens_an_answer(rng, monkeypatch):
+    """Far fewer in the cells looked into than are asked for: those are searched exactly."""
+    for limit in ("EXACT", "SCANNED", "PROBES"):
+        monkeypatch.setattr(nearest, limit, 1)
+    found = valuation.neighbours(clusters(rng, 1200), 60)
+    assert (found.indices >= 0).all() and np.isfinite(found.similarity).all()
+
+
 def test_votes_are_shares_of_neighbours():
     near = valuation.neighbours(np.array([[1, 0], [1, 0.1], [1, 0.2], [0, 1]]), 2)
-    classes, votes = votes_of(np.array(["b", "a", "b", "a"]), near)
-    assert classes.tolist() == ["a", "b"]
-    np.testing.assert_allclose(votes, [[0.5, 0.5], [0, 1], [0.5, 0.5], [0.5, 0.5]])
+    own, strongest, other = tally(np.array([1, 0, 1, 0]), 2, near)
+    np.testing.assert_allclose(own, [0.5, 0, 0.5, 0.5])
+    np.testing.assert_allclose(other, [0.5, 1, 0.5, 0.5])
+    assert strongest.tolist() == [0, 1, 0, 1]
+
+
+def test_votes_do_not_depend_on_how_many_are_counted_at_a_time(rng, monkeypatch):
+    near = valuation.neighbours(rng.normal(size=(500, 4)), 15)
+    code = rng.integers(0, 7, 500)
+    whole = tally(code, 7, near)
+    monkeypatch.setattr(faults, "_VOTES", 100)
+    for one, other in zip(whole, tally(code, 7, near), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_gradient_neighbours_are_the_largest_absolute_cosines(planted):
@@ -253,6 +307,6 @@ def test_inert_examples_hold_no_more_than_the_share_together(rng):
 
 
 def test_labels_that_are_no_classes_are_refused(rng):
-    near = valuation.neighbours(rng.normal(size=(20, 3)))
+    near = valuation.neighbours(rng.normal(size=(20, 3)), 15)
     with pytest.raises(DataError, match="no classes"):
         valuation.mislabelled(rng.normal(size=20), near)

@@ -17,6 +17,7 @@ from tda import scorer, valuation
 from tda.errors import DataError, MismatchError
 from tda.gradients import Dense
 from tda.run import Run
+from tda.valuation.influence import projection_parts
 from tda.valuation.significance import false_discovery_rates, significance_of
 
 
@@ -104,6 +105,23 @@ def test_one_replicate_tells_nothing_and_copies_no_more():
     copies = significance_of(np.array([[2.0, 0.0]] * 3))
     assert np.isnan(one.p).all() and not one.reliable.any()
     assert np.isnan(copies.p[0]) and copies.p[1] == 1 and not copies.reliable.any()
+
+
+def test_checkpoints_of_one_training_have_no_p(tmp_path, rng):
+    """They share the training's own noise: the t-test calls most nothings effects, so none is made.
+
+    Were they independent, 5 % would be called; here it is four of five, and the interval that is
+    shown as a lower bound is indeed too short for most.
+    """
+    drawn = rng.normal(size=(1, 4000)) + 0.1 * rng.normal(size=(5, 4000))
+    assert np.mean(significance_of(drawn).p < 0.05) > 0.8
+    found = significance_of(drawn, independent=False)
+    assert np.isnan(found.p).all() and np.isnan(found.q).all() and not found.reliable.any()
+    assert np.mean((found.low <= 0) & (found.high >= 0)) < 0.2
+    values = valuation.values(run_of(tmp_path, steps=(1, 2, 3)), "q")
+    groups = valuation.roll_up(values, np.arange(40) % 3)
+    for tested in (values.significance, groups.total, groups.interaction):
+        assert np.isnan(tested.p).all() and np.isfinite(tested.standard_error).all()
 
 
 # ---- values
@@ -228,6 +246,19 @@ def test_parts_measure_the_error_of_the_projection(tmp_path, rng, kind):
     assert 0.8 < ratio < (1.25 if kind == "rademacher" else 2)
 
 
+def test_parts_of_some_examples_are_those_of_all(tmp_path):
+    """…also where the dimensions do not go up evenly in 16 parts."""
+    recipe = tda.RECIPES["grad_dot"]
+    for dim in (32, 37):
+        sketched = {"kind": "count_sketch", "dim": dim, "seed": 0}
+        run = run_of(tmp_path / str(dim), projection=sketched, dim=dim)
+        some = np.array([39, 0, 7])
+        found = projection_parts(run, "q", recipe, some)
+        every = valuation.values(run, "q", recipe)
+        np.testing.assert_allclose(found, every.parts[:, 0, some], atol=1e-12)
+        np.testing.assert_allclose(every.parts.sum(0), every.value, atol=1e-12)
+
+
 def test_no_parts_where_dimensions_do_not_add_up(tmp_path):
     sketched = {"kind": "count_sketch", "dim": 32, "seed": 0}
     run = run_of(tmp_path, projection=sketched, dim=32)
@@ -282,6 +313,13 @@ def test_interaction_is_what_neither_side_explains():
     found = valuation.roll_up(additive, groups).interaction.value
     np.testing.assert_allclose(found, [[-1, -1, 2], [1, 1, -2]])
     np.testing.assert_allclose([found.sum(0).max(), found.sum(1).max()], 0, atol=1e-12)
+
+
+def test_groups_may_be_as_many_as_examples(rng):
+    """A million annotators of one example each: memory is that of the values, not n × groups."""
+    values = rng.normal(size=300_000)
+    groups = valuation.roll_up(values, np.arange(300_000)[::-1])
+    np.testing.assert_array_equal(groups.total.value[0], values[::-1])
 
 
 def test_concentration_at_its_ends_and_by_hand():

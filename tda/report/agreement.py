@@ -8,8 +8,15 @@ from tda.evaluate.intervals import spearman
 from tda.report.data import Agreement, Query
 
 
-def rank_agreement(left: str, right: str, a: np.ndarray, b: np.ndarray) -> tuple[Agreement, ...]:
-    """Spearman correlation of two score matrices [query, train], query by query."""
+def rank_agreement(
+    left: str, right: str, a: np.ndarray, b: np.ndarray, num_train: int
+) -> tuple[Agreement, ...]:
+    """Spearman correlation of two score matrices [query, train], query by query.
+
+    They may hold some of the training examples alone.
+    """
+    some = a.shape[1]
+    of = "all scores" if some == num_train else f"the scores of {some:,} training examples"
     each = np.array([spearman(row_a, row_b) for row_a, row_b in zip(a, b, strict=True)])
     each = each[np.isfinite(each)]
     if each.size == 0:
@@ -18,7 +25,7 @@ def rank_agreement(left: str, right: str, a: np.ndarray, b: np.ndarray) -> tuple
         Agreement(
             left=left,
             right=right,
-            measure="rank correlation of all scores, mean over the queries shown",
+            measure=f"rank correlation of {of}, mean over the queries shown",
             value=float(each.mean()),
             low=float(each.min()),
             high=float(each.max()),
@@ -52,9 +59,10 @@ def shared_agreement(
 
 
 def value_agreement(
-    recipe: str, value: np.ndarray, knn: np.ndarray | None
+    recipe: str, value: np.ndarray, knn: np.ndarray | None, num_queries: int
 ) -> tuple[Agreement, ...]:
-    """Spearman correlation of the values and those of k nearest neighbours (KNN-Shapley)."""
+    """Spearman correlation of the values and those of k nearest neighbours (KNN-Shapley), which
+    are those for num_queries of the queries."""
     each = float("nan") if knn is None else spearman(value, knn)
     if not np.isfinite(each):
         return ()
@@ -62,7 +70,8 @@ def value_agreement(
         Agreement(
             left=recipe,
             right="KNN-Shapley",
-            measure="rank correlation of the values of all training examples",
+            measure="rank correlation of the values of all training examples, KNN-Shapley's for "
+            f"{num_queries:,} of the queries",
             value=each,
             count=int(value.size),
         ),

@@ -118,9 +118,9 @@ class Values:
 
     @property
     def num_reliable(self) -> int | None:
-        return (
-            int(self.sure.reliable.sum()) if self.sure is not None and self.has_intervals else None
-        )
+        """How many signs survive; None where no test can be made: it takes several trainings."""
+        tested = self.sure is not None and bool(np.isfinite(self.sure.q).any())
+        return int(self.sure.reliable.sum()) if tested and self.sure is not None else None
 
     @property
     def num_helping(self) -> int:

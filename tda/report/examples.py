@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,7 +51,7 @@ class Gallery:
     def __init__(self, table: Any, label_names: Sequence[str] | None = None) -> None:
         self._names = label_names
         self._present = set(table.columns())
-        self._read: Callable[[str], np.ndarray] = table.column
+        self._table = table
         self._columns: dict[str, np.ndarray | None] = {}
         self.num_rows: int = table.num_rows
         self._ids = table.column("id")
@@ -60,7 +60,7 @@ class Gallery:
     def column(self, name: str) -> np.ndarray | None:
         """A column as stored, or None when the run does not hold it."""
         if name not in self._columns:
-            self._columns[name] = self._read(name) if name in self._present else None
+            self._columns[name] = self._table.column(name) if name in self._present else None
         return self._columns[name]
 
     def last(self, name: str) -> np.ndarray | None:
@@ -97,8 +97,7 @@ class Gallery:
         return self._examples[index]
 
     def _read_example(self, index: int) -> Example:
-        numbers = self.column("row")
-        image = self.column("image")
+        numbers, image = self._entry("row", index), self._entry("image", index)
         loss, p = self.last("loss"), self.last("p")
         return Example(
             index=index,
@@ -106,9 +105,9 @@ class Gallery:
             label=self.label(index),
             source=self._string("source", index, MAX_ID),
             group=self._string("group", index, MAX_ID),
-            text=self._string("text", index, MAX_TEXT),
-            image=None if image is None else np.asarray(image[index]),
-            row=None if numbers is None else tuple(map(float, numbers[index][:MAX_NUMBERS])),
+            text=_line(self._entry("text", index), MAX_TEXT),
+            image=image,
+            row=None if numbers is None else tuple(map(float, numbers[:MAX_NUMBERS])),
             loss=None if loss is None else finite(loss[index]),
             p=None if p is None else finite(p[index]),
         )
@@ -122,4 +121,12 @@ class Gallery:
 
     def _string(self, name: str, index: int, limit: int) -> str | None:
         column = self.column(name)
-        return None if column is None else clean(column[index], limit) or None
+        return None if column is None else _line(column[index], limit)
+
+    def _entry(self, name: str, index: int) -> Any:
+        """A picture, text or row of one example: a whole column of them may not fit in memory."""
+        return self._table.entries(name, [index])[0] if name in self._present else None
+
+
+def _line(text: object, limit: int) -> str | None:
+    return None if text is None else clean(text, limit) or None

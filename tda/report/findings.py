@@ -10,19 +10,22 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
+from scipy.stats import rankdata
 
 from tda import scorer, valuation
 from tda.errors import MismatchError, TdaError
 from tda.evaluate.comparison import Row, compare
-from tda.evaluate.intervals import Estimate, spearman
+from tda.evaluate.intervals import Estimate
 from tda.evaluate.record import FOLDER, GroundTruth
 from tda.recipe import Recipe
 from tda.recipes import RECIPES
 from tda.store.files import list_folders, stat_file
-from tda.valuation.faults import gradient_neighbours
-from tda.valuation.last_rows import embeddings
+from tda.valuation.faults import NEIGHBOURS, gradient_neighbours
+from tda.valuation.influence import projection_parts
 
 KNN_QUERIES = 1000  # evenly spread, for the values of k nearest neighbours
+PROJECTED = 10_000  # examples that the projection's error is measured on
+KNN_DISTANCES = 2 * 10**7  # at most, so fewer queries of a very large training set
 _UNPROJECTED = "identity"
 
 T = TypeVar("T")
@@ -45,7 +48,8 @@ class Findings:
 
     values: with one slice, in sums over queries. stability: Spearman of the values of every pair of
     replicates. projection: share of the spread of values that is not the projection's noise.
-    knn: KNN-Shapley values [train]. damping: λ as used at each checkpoint. truths: finished ground
+    knn: KNN-Shapley values [train], for num_knn_queries. recall: see `tda.valuation.Neighbours`.
+    damping: λ as used at each checkpoint. truths: finished ground
     truths of this query set, by name.
     """
 
@@ -57,6 +61,8 @@ class Findings:
     stability: tuple[float, ...] = ()
     projection: float | None = None
     knn: np.ndarray | None = None
+    num_knn_queries: int = 0
+    recall: float = 1.0
     damping: tuple[float, ...] = ()
     checked: tuple[Checked, ...] = ()
     truths: tuple[tuple[str, GroundTruth], ...] = ()
@@ -79,7 +85,8 @@ def find(
     train = run.store.table("train")
     queries = run.store.table(f"queries/{query_name}")
     values = tried("No intervals", lambda: valuation.values(run, query_name, recipe))
-    near = tried("No neighbours", lambda: _neighbours(train))
+    space = tried("No neighbours", lambda: valuation.space_of(train))
+    near = None if space is None else tried("No neighbours", lambda: _neighbours(train, space))
     labels = train.column("label") if "label" in train.columns() else None
     suspects, outliers = None, None
     if near is not None and labels is not None:
@@ -95,13 +102,17 @@ def find(
         values=values,
         suspects=suspects,
         outliers=outliers,
-        copies=tried("No search for duplicates", lambda: valuation.duplicates(run)),
-        leakage=tried("No search for leaks", lambda: valuation.leakage(run, query_name)),
+        copies=tried("No search for duplicates", lambda: valuation.duplicates(run, space=space)),
+        leakage=tried(
+            "No search for leaks", lambda: valuation.leakage(run, query_name, space=space)
+        ),
         stability=() if values is None else _stability(values.replicates[:, 0]),
         projection=tried("The projection's error", lambda: projection_share(run, query_name)),
-        knn=tried("No KNN-Shapley values", lambda: knn_values(run, query_name))
+        knn=tried("No KNN-Shapley values", lambda: knn_values(run, query_name, space))
         if with_knn and labels is not None and labels.dtype.kind != "f" and train.hidden
         else None,
+        num_knn_queries=len(knn_queries(train.num_rows, queries.num_rows)),
+        recall=1.0 if near is None else near.recall,
         damping=tuple(
             tried("Damping", lambda: scorer.damping_used(run.store, recipe, queries)) or ()
         ),
@@ -111,50 +122,60 @@ def find(
     )
 
 
-def _neighbours(train: Any) -> Any:
+def _neighbours(train: Any, space: valuation.Space) -> valuation.Neighbours | None:
     if train.num_rows < 2:
         return None
-    return valuation.neighbours(embeddings(train)) if train.hidden else gradient_neighbours(train)
+    return space.around.first(NEIGHBOURS) if train.hidden else gradient_neighbours(train)
 
 
 def _stability(replicates: np.ndarray) -> tuple[float, ...]:
     """Spearman correlation of the values ``[replicate, train]`` of every pair of replicates."""
     count = len(replicates)
-    pairs = [(a, b) for a in range(count) for b in range(a + 1, count)]
-    found = [spearman(replicates[a], replicates[b]) for a, b in pairs]
-    return tuple(each for each in found if np.isfinite(each))
+    if count < 2:
+        return ()
+    of_ranks = np.atleast_2d(np.corrcoef([rankdata(values) for values in replicates]))
+    found = of_ranks[np.triu_indices(count, 1)]
+    return tuple(found[np.isfinite(found)].tolist())
 
 
 def projection_share(run: Any, query_name: str) -> float | None:
     """1 − E[error²]/Var[value] of the values under grad_dot: 1 where nothing is projected.
+
+    Of PROJECTED training examples, spread evenly.
 
     The error of a value that sums B exchangeable parts is √(B·s_B²), s_B their standard deviation
     (see `tda.valuation.significance`). None where the projection has no such parts.
     """
     if run.store.manifest["projection"]["kind"] == _UNPROJECTED:
         return 1.0
-    plain = valuation.values(run, query_name, RECIPES["grad_dot"])
-    if plain.parts is None:
+    count = run.store.table("train").num_rows
+    some = np.unique(np.linspace(0, count - 1, PROJECTED).round().astype(np.int64))
+    parts = projection_parts(run, query_name, RECIPES["grad_dot"], some)
+    if parts is None:
         return None
-    parts = plain.parts[:, 0]
     error = len(parts) * parts.var(0, ddof=1)
-    spread = float(np.mean(plain.value[0] ** 2))
+    spread = float(np.mean(parts.sum(0) ** 2))
     return float(np.clip(1 - error.mean() / spread, 0, 1)) if spread > 0 else None
 
 
-def knn_values(run: Any, query_name: str) -> np.ndarray:
-    """KNN-Shapley values ``[train]`` of the last hidden layer, over KNN_QUERIES of the queries."""
+def knn_queries(num_train: int, num_queries: int) -> np.ndarray:
+    """Which queries KNN-Shapley values are for: KNN_QUERIES, spread evenly, or as many as
+    KNN_DISTANCES allow."""
+    count = min(num_queries, KNN_QUERIES, max(1, KNN_DISTANCES // num_train))
+    return np.unique(np.linspace(0, num_queries - 1, count).round().astype(np.int64))
+
+
+def knn_values(run: Any, query_name: str, space: valuation.Space | None = None) -> np.ndarray:
+    """KNN-Shapley values ``[train]`` of the last hidden layer by cosine, for `knn_queries`.
+
+    space: of the training set, where it is at hand.
+    """
     train, asked = run.store.table("train"), run.store.table(f"queries/{query_name}")
-    count = asked.num_rows
-    some = np.unique(np.linspace(0, count - 1, min(count, KNN_QUERIES)).round().astype(np.int64))
-    hidden = embeddings(asked)
-    return valuation.knn_shapley(
-        embeddings(train),
-        train.column("label"),
-        hidden[some],
-        asked.column("label")[some],
-        metric="cosine",
-    ).value
+    some = knn_queries(train.num_rows, asked.num_rows)
+    space = valuation.space_of(train) if space is None else space
+    wanted = valuation.space_of(asked).unit[some]  # between directions both distances order alike
+    labels = train.column("label"), asked.column("label")[some]
+    return valuation.knn_shapley(space.unit, labels[0], wanted, labels[1]).value
 
 
 def _ground_truths(

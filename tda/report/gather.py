@@ -1,7 +1,7 @@
 """From a finished run to :class:`ReportData`: reads what is stored, never a model.
 
-The full score matrix is reduced lazily, block by block; only the rows of the shown queries and
-one number per training example are ever held.
+The full score matrix is never made: a few numbers per training example are held, and the scores
+of the shown queries for RANKED of the training examples.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import dask
 import numpy as np
 
 from tda import valuation
@@ -27,7 +26,6 @@ from tda.report.card import card_of
 from tda.report.data import (
     ENOUGH_QUERIES,
     Agreement,
-    ClassMatrix,
     Query,
     ReportData,
     Scored,
@@ -37,11 +35,13 @@ from tda.report.decisions import decide, valued
 from tda.report.examples import Gallery
 from tda.report.findings import Findings, find
 from tda.report.removal import foretell
-from tda.report.rollups import categories, class_matrix_factors, rollups
+from tda.report.rollups import averaging, categories, class_matrix, labels_of, rollups
 from tda.report.trust import judge
+from tda.scorer.moments import Moments, moments, scores_at
 
 NUM_SUSPECTS = 24
 NUM_EXTREMES = 10
+RANKED = 10_000  # training examples whose scores are ranked under two recipes, spread evenly
 COMPARED = ("trak", "grad_cos")
 UNNORMALISED = "grad_dot"
 
@@ -73,24 +73,18 @@ def collect(
     shown, selection = select(queries, max_queries)
     notes: list[str] = []
 
-    scores = run.scores(query_name, chosen)
-    others, skipped = _other_scores(run, query_name, chosen, compare)
+    some = np.unique(np.linspace(0, train.num_rows - 1, RANKED).round().astype(np.int64))
+    others, skipped = _other_scores(run, query_name, chosen, compare, shown, some)
     notes += skipped
-    factors = class_matrix_factors(queries, train)
-    lazy: dict[str, Any] = {
-        "sums": scores.map_blocks(
-            _sums, dtype=np.float64, chunks=((2,) * scores.numblocks[0], scores.chunks[1])
-        ),
-        "rows": scores[shown],
-        "others": {name: other[shown] for name, other in others.items()},
-    }
-    if factors is not None:
-        lazy["matrix"] = factors.query @ scores @ factors.train
-    (found,) = dask.compute(lazy)  # one pass over the blocks serves every reduction
+    prepared = run.prepare(query_name, chosen)
+    ranked = scores_at(prepared.select(np.array(shown)), some)
+    asked, held = labels_of(queries), labels_of(train)
+    averages = None if asked is None or held is None else averaging(asked)
+    found = moments(prepared, averages)
 
     self_influence, self_note = _self_influence(run, chosen)
     evidence = find(run, query_name, chosen, self_influence, with_knn)
-    values = _values(found["sums"], queries.num_rows, evidence)
+    values = _values(found, queries.num_rows, evidence)
     loss = train.last("loss")
     order = np.argsort(-values.mean, kind="stable")
     best = [int(i) for i in order[:NUM_EXTREMES] if values.mean[i] > 0]
@@ -99,10 +93,12 @@ def collect(
     decisions = decide(train, queries, values, self_influence, evidence)
 
     found_agreements: tuple[Agreement, ...] = ()
-    for name, rows in found["others"].items():
-        found_agreements += rank_agreement(chosen.name, name, found["rows"], rows)
+    for name, other in others.items():
+        found_agreements += rank_agreement(chosen.name, name, ranked, other, train.num_rows)
     found_agreements += shared_agreement(chosen.name, answered, train.num_rows)
-    found_agreements += value_agreement(chosen.name, values.mean, evidence.knn)
+    found_agreements += value_agreement(
+        chosen.name, values.mean, evidence.knn, evidence.num_knn_queries
+    )
     found_agreements += self_influence_agreement(self_influence, loss)
     measured = run.store.manifest.get("measurement", {})
     removal = foretell(
@@ -129,9 +125,7 @@ def collect(
         train_p=train.last("p"),
         highest_loss=() if loss is None else _largest(train, loss, NUM_EXTREMES),
         rollups=rollups(train, values, self_influence, evidence),
-        class_matrix=None
-        if factors is None
-        else ClassMatrix(factors.query_labels, factors.train_labels, found["matrix"]),
+        class_matrix=class_matrix(found.averages, asked, held),
         agreements=(*agreements, *found_agreements),
         notes=(*notes, *self_note, *baseline_note, *evidence.notes),
         decisions=decisions,
@@ -148,20 +142,12 @@ def _predicts_loss(recipe: Recipe) -> bool:
     return own and recipe.scale == "inverse_n" and recipe.normalize == "none"
 
 
-def _sums(block: np.ndarray) -> np.ndarray:
-    """Σ s and Σ s² over the queries of a block [query, train], as [2, train] float64; no copy."""
-    squares = np.einsum("qt,qt->t", block, block, dtype=np.float64)
-    return np.stack([block.sum(axis=0, dtype=np.float64), squares])
-
-
-def _values(sums: np.ndarray, num_queries: int, found: Findings) -> Values:
-    """Mean and its standard error from the sums [2 · blocks, train] of all blocks of queries."""
-    total, squares = sums.reshape(-1, 2, sums.shape[1]).sum(axis=0)
-    mean = total / num_queries
+def _values(over: Moments, num_queries: int, found: Findings) -> Values:
+    """Mean and its standard error over the queries, and what `tda.valuation` says of it."""
+    mean = over.mean
     error = None
     if num_queries >= ENOUGH_QUERIES:
-        variance = np.maximum(squares - num_queries * mean**2, 0) / (num_queries - 1)
-        error = np.sqrt(variance / num_queries)
+        error = np.sqrt(over.variance / num_queries)
     return with_certainty(Values(mean, error), found.values)
 
 
@@ -226,14 +212,19 @@ def select(queries: Gallery, count: int) -> tuple[list[int], str]:
 
 
 def _other_scores(
-    run: Any, query_name: str, recipe: Recipe, compare: Sequence[str]
-) -> tuple[dict[str, Any], list[str]]:
+    run: Any,
+    query_name: str,
+    recipe: Recipe,
+    compare: Sequence[str],
+    shown: list[int],
+    some: np.ndarray,
+) -> tuple[dict[str, np.ndarray], list[str]]:
     scores, notes = {}, []
     for name in compare:
         if name == recipe.name:
             continue
         try:
-            scores[name] = run.scores(query_name, name)
+            scores[name] = scores_at(run.prepare(query_name, name).select(np.array(shown)), some)
         except RecipeError as error:
             notes.append(f"Not compared with {name}: {error.what}.")
     return scores, notes
@@ -252,7 +243,7 @@ def _answers(
     top = run.top_k(query_name, k, recipe)
     notes = []
     try:
-        nearest = run.baseline_top_k(query_name, k).proponents
+        nearest = run.baseline_top_k(query_name, k, shown).proponents
     except TdaError as error:
         nearest = None
         notes.append(f"No embedding baseline: {error.what}.")
@@ -268,10 +259,10 @@ def _answers(
             opponents=strongest(top.opponents, row, -1),
             nearest=()
             if nearest is None
-            else train.scored(nearest.indices[row], nearest.scores[row]),
+            else train.scored(nearest.indices[place], nearest.scores[place]),
             classes=train.classes,
         )
-        for row in shown
+        for place, row in enumerate(shown)
     )
     return top, answered, notes
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from tda.report.data import Rollup, Slice, Values
+from tda.report.data import ClassMatrix, Rollup, Slice, Values
 from tda.report.examples import MAX_ID, Gallery, clean
 from tda.report.findings import Findings
 from tda.valuation import GroupValues, concentration, roll_up
@@ -15,8 +14,10 @@ from tda.valuation import GroupValues, concentration, roll_up
 MAX_SLICES = 30
 MAX_CLASSES = 12
 
+Categories = tuple[list[str], np.ndarray]  # names, and the index of each example's
 
-def categories(gallery: Gallery, column: str) -> tuple[list[str], np.ndarray] | None:
+
+def categories(gallery: Gallery, column: str) -> Categories | None:
     """(names, index of each example's name) of a column with categories; None if it has none.
 
     Labels that are not integers are targets of a regression, not categories.
@@ -97,38 +98,35 @@ def _rollup(
             share_flagged=None if shares is None else float(shares[i]),
             **interval(i),
         )
-        for i in np.argsort(-influence, kind="stable").tolist()
+        for i in np.argsort(-influence, kind="stable")[:MAX_SLICES].tolist()
     ]
     return Rollup(
         column,
-        tuple(slices[:MAX_SLICES]),
-        max(0, len(slices) - MAX_SLICES),
+        tuple(slices),
+        len(names) - len(slices),
         concentration(influence).gini,
     )
 
 
-@dataclass(frozen=True, eq=False)
-class ClassFactors:
-    """Averaging over labels from both sides: query @ scores @ train = [query, train label]."""
-
-    query_labels: tuple[str, ...]
-    train_labels: tuple[str, ...]
-    query: np.ndarray  # [query label, query], rows sum to 1
-    train: np.ndarray  # [train, train label], columns sum to 1
+def labels_of(gallery: Gallery) -> Categories | None:
+    """The classes of a table, where it has between two and MAX_CLASSES."""
+    found = categories(gallery, "label")
+    return found if found is not None and 2 <= len(found[0]) <= MAX_CLASSES else None
 
 
-def class_matrix_factors(queries: Gallery, train: Gallery) -> ClassFactors | None:
-    """The factors, when both tables have between two and twelve labels."""
-    of_queries, of_train = categories(queries, "label"), categories(train, "label")
-    if of_queries is None or of_train is None:
+def averaging(labels: Categories) -> np.ndarray:
+    """Weights of the mean over each class ``[class, example]``."""
+    names, of = labels
+    member = (of[None, :] == np.arange(len(names))[:, None]).astype(np.float64)
+    return member / member.sum(axis=1, keepdims=True)
+
+
+def class_matrix(
+    averages: np.ndarray, queries: Categories | None, train: Categories | None
+) -> ClassMatrix | None:
+    """Mean scores of class on class, from those of query classes ``[query label, train]``."""
+    if queries is None or train is None:
         return None
-    if not all(2 <= len(names) <= MAX_CLASSES for names, _ in (of_queries, of_train)):
-        return None
-
-    def averages(names: list[str], inverse: np.ndarray) -> np.ndarray:
-        member = (inverse[None, :] == np.arange(len(names))[:, None]).astype(np.float32)
-        return member / member.sum(axis=1, keepdims=True)
-
-    return ClassFactors(
-        tuple(of_queries[0]), tuple(of_train[0]), averages(*of_queries), averages(*of_train).T
-    )
+    names, of = train
+    sums = [np.bincount(of, weights=row, minlength=len(names)) for row in averages]
+    return ClassMatrix(tuple(queries[0]), tuple(names), np.array(sums) / np.bincount(of))

@@ -203,12 +203,16 @@ def _signs(values: Values) -> Check:
     number = values.num_reliable
     name = "share of values whose sign survives"
     if number is None:
-        return Check("signs", name, "Not measured: it takes two replicates or more.", None)
-    as_told = "" if values.independent else ", as far as one training can tell"
+        return Check(
+            "signs",
+            name,
+            "Not measured: it takes two trainings, as checkpoints of one depend on each other.",
+            None,
+        )
     return Check(
         "signs",
         name,
-        f"t-test over {values.num_replicates} replicates at a false discovery rate of 5 %{as_told}",
+        f"t-test over {values.num_replicates} trainings at a false discovery rate of 5 %",
         number / len(values.mean),
         passed=number > 0,
     )

@@ -47,7 +47,8 @@ __all__ = [
 
 T = TypeVar("T")
 
-QUERY_TILE = 1024  # queries multiplied with a tile of rows at a time: bounds the tile of scores
+QUERY_TILE = 1024  # queries multiplied with a tile of rows at a time
+TILE_SCORES = 2**24  # at most in a tile: rows of few dimensions come many at a time
 BLOCK_BYTES = (32 * 2**20, 256 * 2**20)  # of one task of a full score matrix
 TASKS = 256  # Dask's overhead per task is milliseconds: few and coarse
 
@@ -139,7 +140,7 @@ def block(prepared: Prepared, start: int, stop: int) -> Tensor:
     """Scores of all queries for the training examples [start, stop): [m, stop − start] float32."""
     out = torch.empty(prepared.num_queries, stop - start)
     for low, high, rows in stream(prepared.train, start, stop):
-        for first, some in _query_tiles(prepared):
+        for first, some in _query_tiles(prepared, high - low):
             last = first + some.num_queries
             out[first:last, low - start : high - start] = _tile(some, rows, low, first)
     return out
@@ -167,9 +168,10 @@ def read_ahead(
             yield low, high, rows
 
 
-def _query_tiles(prepared: Prepared) -> Iterator[tuple[int, Prepared]]:
-    for first in range(0, prepared.num_queries, QUERY_TILE):
-        yield first, prepared.select(slice(first, first + QUERY_TILE))
+def _query_tiles(prepared: Prepared, num_rows: int) -> Iterator[tuple[int, Prepared]]:
+    size = max(1, min(QUERY_TILE, TILE_SCORES // max(1, num_rows)))
+    for first in range(0, prepared.num_queries, size):
+        yield first, prepared.select(slice(first, first + size))
 
 
 def _tile(prepared: Prepared, rows: list[Tensor], low: int, first_query: int) -> Tensor:
@@ -275,7 +277,7 @@ class Ends:
         k = min(self.k, span[1] - span[0])
         best, worst = (Heaps(self.prepared.num_queries, k) for _ in range(2))
         for low, high, rows in stream(self.prepared.train, *span):
-            for first, some in _query_tiles(self.prepared):
+            for first, some in _query_tiles(self.prepared, high - low):
                 tile = _tile(some, rows, low, first)
                 worst.add(tile, low, first)
                 best.add(tile.neg_(), low, first)

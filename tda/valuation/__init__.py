@@ -7,7 +7,7 @@
 influence → significance → groups   values from scores; what survives; by source and class
 knn_shapley, data_oob               values without gradients
 coalitions → semivalues → shift     any players, any utility; why performance changed
-duplicates, faults                  what to look at: copies, leaks, wrong labels, outliers
+nearest → duplicates, faults        what to look at: copies, leaks, wrong labels, outliers
 """
 
 from __future__ import annotations
@@ -20,18 +20,13 @@ from tda.valuation.duplicates import (
     leakage,
     near_duplicates,
     near_identical,
+    space_of,
 )
-from tda.valuation.faults import (
-    Suspects,
-    inert,
-    mislabelled,
-    mislabelled_in,
-    neighbours,
-    outliers,
-)
+from tda.valuation.faults import Suspects, inert, mislabelled, mislabelled_in, outliers
 from tda.valuation.groups import Concentration, GroupValues, concentration, roll_up
 from tda.valuation.influence import Values, values
 from tda.valuation.knn_shapley import KnnShapley, knn_shapley, knn_shapley_of
+from tda.valuation.nearest import Neighbours, Space, neighbours
 from tda.valuation.semivalues import Beta, Semivalues, semivalues
 from tda.valuation.shift import Mechanism, Shift, density_ratio, explain_shift
 from tda.valuation.significance import Significance, significance_of
@@ -43,5 +38,6 @@ __all__ = [
     "Beta", "Semivalues", "semivalues",
     "Mechanism", "Shift", "explain_shift", "density_ratio",
     "DuplicateGroups", "duplicates", "near_duplicates", "Leakage", "leakage", "near_identical",
-    "Suspects", "mislabelled", "mislabelled_in", "neighbours", "outliers", "inert",
+    "Neighbours", "Space", "space_of", "neighbours",
+    "Suspects", "mislabelled", "mislabelled_in", "outliers", "inert",
 ]  # fmt: skip

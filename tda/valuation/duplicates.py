@@ -25,12 +25,11 @@ from tda.run import Run
 from tda.scorer.ranking import limit_faiss_threads
 from tda.valuation.frames import frame
 from tda.valuation.last_rows import embeddings, gradients
+from tda.valuation.nearest import AROUND, ROUNDING, Neighbours, Space, unit
 
 THRESHOLD = 0.995
 SAME = 1 - 1e-5  # cosine of equal embeddings, as stored: bfloat16 keeps equal numbers equal
-ROUNDING = 1e-6  # of a cosine in float32
-CANDIDATES = 32  # nearest of each example that are looked at
-PAIRS = 4096  # whose gradients are held at a time
+HELD = 2**23  # numbers of gradients held at a time
 BLOCK = 256  # queries whose matches are held at a time
 
 
@@ -40,6 +39,8 @@ class Pairs:
 
     left, right ``[pair]``: indices. similarity ``[pair]``: cosine in the space searched. gradient
     ``[pair]``: cosine of gradients, NaN where not looked at. exact ``[pair]``: equal content.
+    recall: share of the nearest examples that were looked at: below 1 in a very large set, where
+    the search is approximate and only equal content is certain to be found.
     """
 
     left: np.ndarray
@@ -47,6 +48,7 @@ class Pairs:
     similarity: np.ndarray
     gradient: np.ndarray
     exact: np.ndarray
+    recall: float = 1.0
 
     def __len__(self) -> int:
         return len(self.left)
@@ -117,14 +119,14 @@ def near_duplicates(rows: Any, threshold: float = THRESHOLD) -> Pairs:
 
     Exact (FAISS range search): n² products, memory for the pairs found and BLOCK queries' matches.
     """
-    unit = _unit(rows)
-    found = [(a[a < b], b[a < b], s[a < b]) for a, b, s in _matches(unit, unit, threshold)]
+    all_rows = unit(rows)
+    found = [(a[a < b], b[a < b], s[a < b]) for a, b, s in _matches(all_rows, all_rows, threshold)]
     return _pairs(found)
 
 
 def near_identical(queries: Any, rows: Any, threshold: float = THRESHOLD) -> Pairs:
     """All pairs (query, example) with a cosine of at least ``threshold``; dimensions must agree."""
-    return _pairs(list(_matches(_unit(queries), _unit(rows), threshold)))
+    return _pairs(list(_matches(unit(queries), unit(rows), threshold)))
 
 
 def components(num_examples: int, pairs: Pairs) -> np.ndarray:
@@ -134,13 +136,22 @@ def components(num_examples: int, pairs: Pairs) -> np.ndarray:
     return connected_components(graph, directed=False)[1]
 
 
-def duplicates(run: Run, threshold: float = THRESHOLD) -> DuplicateGroups:
+def space_of(table: Any) -> Space:
+    """Where examples of a table are compared: last hidden layers, or gradients without them."""
+    return Space((embeddings if table.hidden else gradients)(table).numpy())
+
+
+def duplicates(
+    run: Run, threshold: float = THRESHOLD, space: Space | None = None
+) -> DuplicateGroups:
     """Groups of near-duplicates in a run's training set.
 
-    Raises StoreError if it is unfinished.
+    space: `space_of` the training set, where it is at hand. Raises StoreError if a run is
+    unfinished.
     """
     train = run.store.table("train")
-    pairs = _same(train, train, threshold, within=True)
+    space = space_of(train) if space is None else space
+    pairs = _same(train, train, space, space.around, threshold, within=True)
     group = components(train.num_rows, pairs)
     size = np.bincount(group)
     member = np.flatnonzero(size[group] > 1)
@@ -156,58 +167,79 @@ def duplicates(run: Run, threshold: float = THRESHOLD) -> DuplicateGroups:
     return DuplicateGroups(member, number, representative, differs[group[member]], run.ids, pairs)
 
 
-def leakage(run: Run, queries: str, threshold: float = THRESHOLD) -> Leakage:
-    """Queries of a stored set that are in the training set, or nearly so."""
+def leakage(
+    run: Run, queries: str, threshold: float = THRESHOLD, space: Space | None = None
+) -> Leakage:
+    """Queries of a stored set that are in the training set, or nearly so. space: as above."""
     asked, train = run.store.table(f"queries/{queries}"), run.store.table("train")
-    pairs = _same(asked, train, threshold, within=False)
-    return Leakage(pairs, asked.column("id"), run.ids, asked.num_rows)
+    space = space_of(train) if space is None else space
+    rows = space_of(asked).unit if asked.hidden == train.hidden else None
+    if rows is None:
+        raise DataError("queries and training set cannot be compared", found="other embeddings")
+    near = space.nearest(rows, AROUND)
+    pairs = _same(asked, train, space, near, threshold, within=False, rows=rows)
+    return Leakage(pairs, asked.column("id"), train.column("id"), asked.num_rows)
 
 
-def _same(left: Any, right: Any, threshold: float, within: bool) -> Pairs:
+def _same(
+    left: Any,
+    right: Any,
+    space: Space,
+    near: Neighbours,
+    threshold: float,
+    within: bool,
+    rows: np.ndarray | None = None,
+) -> Pairs:
     """Near-identical pairs of two tables, or within one, by the rule at the top.
 
-    Candidates are the CANDIDATES nearest of each example, and those of equal content: in a last
-    layer that maps thousands of examples onto one point, more pairs pass than can be looked at.
+    Candidates are the nearest of each example, and those of equal content: in a last layer that
+    maps thousands of examples onto one point, more pairs pass than can be looked at.
     """
-    has_embedding = bool(right.hidden and left.hidden)
-    read = embeddings if has_embedding else gradients
-    one, two = (torch.nn.functional.normalize(read(t), dim=1).numpy() for t in (left, right))
-    a, b = _candidates(one, two, threshold, within)
+    one, two = space.unit if rows is None else rows, space.unit
     content = left.column("digest"), right.column("digest")
-    a, b = (np.concatenate(x) for x in zip((a, b), _equal(*content, within), strict=True))
-    a, b = np.unique(np.stack([a, b]), axis=1)
+    found = _candidates(near, _checked(threshold), within), _equal(*content, within)
+    a, b = _unique(np.concatenate([f[0] for f in found]), np.concatenate([f[1] for f in found]))
     exact = (content[0][a] == content[1][b]).all(1)
-    similarity = np.where(exact, 1.0, np.minimum(np.einsum("pd,pd->p", one[a], two[b]), 1))
-    if not has_embedding:
-        return Pairs(a, b, similarity, similarity, exact)
+    similarity = np.empty(len(a))
+    for some in _parts(len(a), two.shape[1]):
+        similarity[some] = np.einsum("pd,pd->p", one[a[some]], two[b[some]])
+    similarity = np.where(exact, 1.0, np.minimum(similarity, 1))
+    if not right.hidden:
+        return Pairs(a, b, similarity, similarity, exact, near.recall)
     gradient = _gradient_cosines(left, right, a, b)
     keep = exact | (gradient >= threshold)
     labels = _labels(left), _labels(right)
     if labels[0] is not None and labels[1] is not None:
         keep |= (labels[0][a] != labels[1][b]) & (similarity >= SAME)
-    return Pairs(a[keep], b[keep], similarity[keep], gradient[keep], exact[keep])
+    return Pairs(a[keep], b[keep], similarity[keep], gradient[keep], exact[keep], near.recall)
 
 
-def _candidates(
-    one: np.ndarray, two: np.ndarray, threshold: float, within: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """The nearest of unit rows that pass the threshold; within one table each pair once."""
-    index = _index(two, threshold)
-    similarity, found = index.search(one, min(CANDIDATES + within, len(two)))
-    left, place = np.nonzero(similarity >= threshold - ROUNDING)
-    right = found[left, place]
-    if not within:
-        return left, right
-    other = left != right
-    return np.minimum(left, right)[other], np.maximum(left, right)[other]
+def _candidates(near: Neighbours, threshold: float, within: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Those of the nearest that pass the threshold; within one table the smaller index left."""
+    left, place = np.nonzero(near.similarity >= threshold - ROUNDING)
+    right = near.indices[left, place].astype(np.int64)
+    return (np.minimum(left, right), np.maximum(left, right)) if within else (left, right)
+
+
+def _unique(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each pair once, by a, then b."""
+    width = int(b.max(initial=0)) + 1
+    return np.divmod(np.unique(a * width + b), width)
+
+
+def _parts(count: int, dim: int) -> Iterator[slice]:
+    size = max(1, HELD // (2 * dim))
+    yield from (slice(start, start + size) for start in range(0, count, size))
 
 
 def _equal(a: np.ndarray, b: np.ndarray, within: bool) -> tuple[np.ndarray, np.ndarray]:
     """Pairs of equal digests: each example with the first of ``b`` that has its own."""
-    _, first, inverse = np.unique(
-        np.concatenate([b, a]), axis=0, return_index=True, return_inverse=True
-    )
-    found = first[inverse.ravel()[len(b) :]]
+    both = np.ascontiguousarray(np.concatenate([b, a])).view(np.uint64)
+    order = np.lexsort(both.T)  # stable: of equal ones the first of b, or of a, leads
+    leads = np.append(True, (both[order[1:]] != both[order[:-1]]).any(1))
+    first = np.empty(len(both), np.int64)
+    first[order] = order[leads][np.cumsum(leads) - 1]
+    found = first[len(b) :]
     other = np.arange(len(a))
     keep = found < other if within else found < len(b)
     return (found[keep], other[keep]) if within else (other[keep], found[keep])
@@ -217,27 +249,26 @@ def _gradient_cosines(left: Any, right: Any, a: np.ndarray, b: np.ndarray) -> np
     """cos ⟨∇f_a, ∇f_b⟩ at the last checkpoint ``[pair]``."""
     last = right.num_checkpoints - 1
     cosine = np.empty(len(a))
-    for start in range(0, len(a), PAIRS):
-        some = slice(start, start + PAIRS)
+    for some in _parts(len(a), right.dim):
         rows = (left.gather(last, a[some]), right.gather(last, b[some]))
         x, y = (torch.nn.functional.normalize(r, dim=1) for r in rows)
         cosine[some] = (x * y).sum(1).numpy()
     return cosine
 
 
-def _index(unit: np.ndarray, threshold: float) -> Any:
-    import faiss
-
+def _checked(threshold: float) -> float:
     if not 0 < threshold <= 1:
         raise DataError("the threshold is no cosine", found=threshold, wanted="0 < threshold ≤ 1")
-    limit_faiss_threads()
-    index = faiss.IndexFlatIP(unit.shape[1])
-    index.add(unit)
-    return index
+    return threshold
 
 
 def _matches(a: np.ndarray, b: np.ndarray, threshold: float) -> Iterator[tuple[np.ndarray, ...]]:
-    index, radius = _index(b, threshold), threshold - ROUNDING  # FAISS takes what is above
+    import faiss
+
+    radius = _checked(threshold) - ROUNDING  # FAISS takes what is above
+    limit_faiss_threads()
+    index = faiss.IndexFlatIP(b.shape[1])
+    index.add(b)
     for start in range(0, len(a), BLOCK):
         limits, similarity, right = index.range_search(a[start : start + BLOCK], radius)
         left = np.repeat(np.arange(len(limits) - 1), np.diff(limits).astype(np.int64)) + start
@@ -257,18 +288,6 @@ def _pairs(found: Sequence[tuple[np.ndarray, ...]]) -> Pairs:
         np.full(count, np.nan),
         np.zeros(count, bool),
     )
-
-
-def _unit(rows: Any) -> np.ndarray:
-    """Rows of length 1, float32; a row of zeros is like nothing."""
-    values = torch.as_tensor(np.asarray(rows), dtype=torch.float32)
-    if values.ndim != 2 or not torch.isfinite(values).all():
-        raise DataError(
-            "rows cannot be compared",
-            found=f"shape {list(values.shape)}",
-            wanted="finite numbers [example, dim]",
-        )
-    return np.ascontiguousarray(torch.nn.functional.normalize(values, dim=1).numpy())
 
 
 def _labels(table: Any) -> np.ndarray | None:

@@ -10,27 +10,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from scipy import stats
 
 from tda.errors import DataError
 from tda.run import Run
-from tda.scorer.ranking import limit_faiss_threads
 from tda.valuation.frames import frame
 from tda.valuation.last_rows import embeddings, gradients
+from tda.valuation.nearest import Neighbours, Space, neighbours
 
-NEIGHBOURS = 15
+NEIGHBOURS = 15  # that vote
 FAR = 3.5  # robust z-score beyond which a value is an outlier (Iglewicz and Hoaglin 1993)
 INERT_SHARE = 0.001
 UNUSUAL = 0.05  # chance of as few votes in the class
-
-
-@dataclass(frozen=True, eq=False)
-class Neighbours:
-    """The nearest other examples: indices and cosine ``[example, k]``, nearest first."""
-
-    indices: np.ndarray
-    similarity: np.ndarray
+_VOTES = 2**22  # counted at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,31 +63,6 @@ class Suspects:
         )
 
 
-def neighbours(rows: Any, k: int = NEIGHBOURS) -> Neighbours:
-    """The k nearest others of every row by cosine, exact (FAISS); fewer where there are fewer."""
-    import faiss
-
-    unit = torch.nn.functional.normalize(torch.as_tensor(np.asarray(rows)).float(), dim=1).numpy()
-    unit = np.ascontiguousarray(unit)
-    k = min(k, len(unit) - 1)
-    limit_faiss_threads()
-    index = faiss.IndexFlatIP(unit.shape[1])
-    index.add(unit)
-    similarity, found = index.search(unit, k + 1)
-    itself = found == np.arange(len(found))[:, None]
-    itself[~itself.any(1), -1] = True  # among more than k copies of it: drop the last of them
-    keep = ~itself
-    return Neighbours(found[keep].reshape(-1, k), similarity[keep].reshape(-1, k))
-
-
-def votes_of(labels: Any, near: Neighbours) -> tuple[np.ndarray, np.ndarray]:
-    """(classes, share of each among an example's neighbours ``[example, class]``)."""
-    classes, code = np.unique(np.asarray(labels), return_inverse=True)
-    votes = np.zeros((len(code), len(classes)))
-    np.add.at(votes, (np.arange(len(code))[:, None], code[near.indices]), 1.0)
-    return classes, votes / near.indices.shape[1]
-
-
 def mislabelled(labels: Any, near: Neighbours, self_influence: Any = None) -> Suspects:
     """Examples whose neighbours have another label, as neighbours of its class seldom do.
 
@@ -116,19 +83,15 @@ def mislabelled(labels: Any, near: Neighbours, self_influence: Any = None) -> Su
         raise DataError(
             "these labels are no classes", found="fractions", wanted="whole numbers, or names"
         )
-    classes, votes = votes_of(label, near)
-    code = np.searchsorted(classes, label)
-    every = np.arange(len(label))
-    own = votes[every, code]
-    rest = votes.copy()
-    rest[every, code] = -1
-    suggested = rest.argmax(1)
-    other = np.maximum(rest[every, suggested], 0)
-    usual = np.array([own[code == c].mean() for c in range(len(classes))])
+    classes, code = np.unique(label, return_inverse=True)
+    own, suggested, other = tally(code, len(classes), near)
+    count = np.bincount(code)
+    usual = np.bincount(code, weights=own) / count
     k = near.indices.shape[1]
+    chance = stats.binom.cdf(np.arange(k + 1), k, usual[:, None])  # of as few votes, by class
 
     def unusual(votes: np.ndarray, of: np.ndarray) -> np.ndarray:
-        return stats.binom.cdf(np.rint(votes * k), k, usual[of]) < UNUSUAL
+        return chance[of, np.rint(votes * k).astype(np.int64)] < UNUSUAL
 
     flagged = (other > own) & unusual(own, code) & ~unusual(other, suggested)
     doubt = 0.5 * (1 + other - own)  # 0 … 1
@@ -136,6 +99,31 @@ def mislabelled(labels: Any, near: Neighbours, self_influence: Any = None) -> Su
         doubt = 0.5 * (doubt + _rank_within(np.asarray(self_influence, np.float64), code))
     score = doubt * (1 - 1e-9) + flagged
     return Suspects(label, classes[suggested], own, other, score, flagged)
+
+
+def tally(
+    code: np.ndarray, num_classes: int, near: Neighbours
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(votes for the own class, the strongest other class, votes for it) ``[example]``, as shares.
+
+    code ``[example]``: 0 … num_classes − 1. Of equally strong classes the first.
+    """
+    own, other = np.empty((2, len(code)))
+    strongest = np.empty(len(code), np.int64)
+    size = max(1, _VOTES // num_classes)
+    for start in range(0, len(code), size):
+        some = slice(start, start + size)
+        cast = code[near.indices[some]]
+        every = np.arange(len(cast))
+        votes = np.bincount(
+            (every[:, None] * num_classes + cast).ravel(), minlength=len(cast) * num_classes
+        ).reshape(len(cast), num_classes)
+        own[some] = votes[every, code[some]]
+        votes[every, code[some]] = -1
+        strongest[some] = votes.argmax(1)
+        other[some] = np.maximum(votes[every, strongest[some]], 0)
+    k = near.indices.shape[1]
+    return own / k, strongest, other / k
 
 
 def mislabelled_in(run: Run, recipe: str = "influence", k: int = NEIGHBOURS) -> Suspects:
@@ -154,14 +142,15 @@ def mislabelled_in(run: Run, recipe: str = "influence", k: int = NEIGHBOURS) -> 
 
 def gradient_neighbours(table: Any, k: int = NEIGHBOURS) -> Neighbours:
     """Proponents and opponents alike: the largest |cos⟨∇f_i, ∇f_j⟩| at the last checkpoint."""
-    rows = gradients(table)
-    # |cos| of x is the larger cosine with x and −x; both copies of a row are one neighbour.
-    two = neighbours(torch.cat([rows, -rows]), min(2 * k + 1, 2 * len(rows) - 1))
+    rows = gradients(table).numpy()
     n, k = len(rows), min(k, len(rows) - 1)
-    indices, similarity = two.indices[:n] % n, two.similarity[:n]
+    # |cos| of x is the larger cosine with x and −x, so k + 1 of either sign hold the k nearest.
+    space = Space(np.concatenate([rows, -rows]))
+    two = space.nearest(space.unit[:n], 2 * k + 2)
+    indices = two.indices % n
     keep = indices != np.arange(n)[:, None]
     keep &= np.cumsum(keep, axis=1) <= k
-    return Neighbours(indices[keep].reshape(n, k), similarity[keep].reshape(n, k))
+    return Neighbours(indices[keep].reshape(n, k), two.similarity[keep].reshape(n, k), two.recall)
 
 
 def outliers(near: Neighbours, labels: Any = None) -> np.ndarray:
@@ -176,11 +165,12 @@ def outliers(near: Neighbours, labels: Any = None) -> np.ndarray:
     if labels is not None:
         code = np.unique(np.asarray(labels), return_inverse=True)[1]
     found = np.zeros(len(distance), bool)
-    for c in range(code.max() + 1):
-        mine = distance[code == c]
+    order = np.argsort(code, kind="stable")
+    for members in np.split(order, np.cumsum(np.bincount(code))[:-1]):
+        mine = distance[members]
         centred = mine - np.median(mine)
         spread = np.median(np.abs(centred))
-        found[code == c] = 0.6745 * centred > FAR * max(spread, 1e-3)
+        found[members] = 0.6745 * centred > FAR * max(spread, 1e-3)
     return found
 
 

@@ -76,11 +76,11 @@ def roll_up(values: Values | np.ndarray, groups: Any) -> GroupValues:
     """
     if isinstance(values, Values):
         slices, replicates, parts = values.slices, values.replicates, values.parts
-        queries = values.num_queries.astype(np.float64)
+        queries, independent = values.num_queries.astype(np.float64), values.independent
     else:
         replicates, parts = np.atleast_2d(np.asarray(values, np.float64))[None], None
         slices = tuple(str(index) for index in range(replicates.shape[1]))
-        queries = np.ones(len(slices))
+        queries, independent = np.ones(len(slices)), True
     names, inverse = np.unique(np.asarray(groups), return_inverse=True)
     if inverse.shape != replicates.shape[2:]:
         raise DataError(
@@ -88,27 +88,34 @@ def roll_up(values: Values | np.ndarray, groups: Any) -> GroupValues:
             found=f"{list(inverse.shape)} names",
             wanted=f"one a training example [{replicates.shape[2]}]",
         )
-    member = (inverse[:, None] == np.arange(len(names))).astype(np.float64)
-    count = member.sum(0)
+    count = np.bincount(inverse, minlength=len(names)).astype(np.float64)
     value = replicates.mean(0)
-    absolute = np.abs(value) @ member
+
+    def summed(of: np.ndarray) -> np.ndarray:
+        """Over the examples of each group: [..., train] to [..., group]."""
+        rows = of.reshape(-1, of.shape[-1])
+        sums = [np.bincount(inverse, weights=row, minlength=len(names)) for row in rows]
+        return np.array(sums).reshape(*of.shape[:-1], len(names))
+
+    absolute = summed(np.abs(value))
     whole = absolute.sum(1, keepdims=True)
 
     def interacting(of: np.ndarray) -> np.ndarray:
-        mean = of @ member / count / queries[:, None]  # of an example, for a query
+        mean = summed(of) / count / queries[:, None]  # of an example, for a query
         centred = mean - mean.mean(-1, keepdims=True)
         return centred - centred.mean(-2, keepdims=True)
+
+    def tested(of: np.ndarray, pieces: np.ndarray | None) -> Significance:
+        return significance_of(of, pieces, independent)
 
     return GroupValues(
         groups=tuple(str(name) for name in names),
         slices=slices,
         count=count.astype(np.int64),
-        total=significance_of(replicates @ member, None if parts is None else parts @ member),
+        total=tested(summed(replicates), None if parts is None else summed(parts)),
         share_of_absolute=np.divide(absolute, whole, out=np.zeros_like(absolute), where=whole > 0),
-        share_helping=(value > 0) @ member / count,
-        interaction=significance_of(
-            interacting(replicates), None if parts is None else interacting(parts)
-        ),
+        share_helping=summed(value > 0) / count,
+        interaction=tested(interacting(replicates), None if parts is None else interacting(parts)),
     )
 
 

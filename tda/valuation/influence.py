@@ -50,7 +50,7 @@ class Values:
     @cached_property
     def significance(self) -> Significance:
         """Of every value ``[slice, train]``; q is taken over all of them together."""
-        return significance_of(self.replicates, self.parts)
+        return significance_of(self.replicates, self.parts, self.independent)
 
     @property
     def value(self) -> np.ndarray:
@@ -72,8 +72,8 @@ class Values:
             text = f"the change from training to training ({count} of them): seed, order, start"
         else:
             text = (
-                f"the change over {count} checkpoints that may be of one training: another seed "
-                "can differ by more"
+                f"the change over {count} checkpoints of one training, which is a lower bound: "
+                "they depend on each other, so there is no p, and another seed can differ by more"
             )
         if self.parts is not None:
             text += "; the error of the random projection"
@@ -82,14 +82,13 @@ class Values:
     @property
     def verdict(self) -> str:
         """One sentence for a reader who wants to act on the signs."""
-        if len(self.replicates) < 2:
+        if len(self.replicates) < 2 or not self.independent:
             return (
                 "not enough replicates: one training tells no sign's reliability; index "
                 "checkpoints of several seeds, or give several runs"
             )
         number, total = int(self.reliable.sum()), self.reliable.size
-        sentence = f"{number} of {total} values keep their sign at a false discovery rate of 5 %"
-        return sentence if self.independent else sentence + ", as far as one training can tell"
+        return f"{number} of {total} values keep their sign at a false discovery rate of 5 %"
 
     def to_frame(self) -> Any:
         """One row a slice and training example (pandas)."""
@@ -210,16 +209,41 @@ def _terms(
     Part b holds the dimensions b, b + B, b + 2B, …
     """
     summed = [torch.from_numpy(member) @ q.double() for q in prepared.queries]
+    cut = [_cut(q, num_parts) for q in summed]
     shape = (len(member), prepared.train.num_rows)
     terms, parts = np.zeros((len(summed), *shape)), np.zeros((num_parts, *shape))
     for low, high, rows in scorer.stream(prepared.train, 0, shape[1]):
-        for c, (q, x) in enumerate(zip(summed, rows, strict=True)):
+        for c, (q, x) in enumerate(zip(cut, rows, strict=True)):
             weighted = x.double() * prepared.row_weights[c, low:high, None]
-            for b in range(num_parts):
-                product = (q[:, b::num_parts] @ weighted[:, b::num_parts].T).numpy()
-                terms[c, :, low:high] += product
-                parts[b, :, low:high] += product
+            product = (q @ _cut(weighted, num_parts).mT).numpy()  # [part, slice, row]
+            terms[c, :, low:high] = product.sum(0)
+            parts[:, :, low:high] += product
     return terms, parts if num_parts > 1 else None
+
+
+def _cut(rows: torch.Tensor, num_parts: int) -> torch.Tensor:
+    """``[row, dim]`` to ``[part, row, dim/part]``, filled up with zeros."""
+    short = -rows.shape[1] % num_parts
+    filled = torch.nn.functional.pad(rows, (0, short)) if short else rows
+    return filled.reshape(len(rows), -1, num_parts).permute(2, 0, 1)
+
+
+def projection_parts(
+    run: Run, queries: str, recipe: Recipe, examples: np.ndarray
+) -> np.ndarray | None:
+    """What parts of the projection contribute to the values of some examples ``[part, example]``.
+
+    None where the projection has no exchangeable parts (see `values`).
+    """
+    num_parts = _num_parts(run, recipe)
+    if num_parts == 1:
+        return None
+    prepared = scorer.prepare(run.store, recipe, run.store.table(f"queries/{queries}"))
+    parts = np.zeros((num_parts, len(examples)))
+    for c, (q, r) in enumerate(zip(prepared.queries, prepared.row_weights, strict=True)):
+        rows = prepared.train.gather(c, examples).double() * r[examples, None]
+        parts += (_cut(q.double().sum(0)[None], num_parts) @ _cut(rows, num_parts).mT)[:, 0].numpy()
+    return parts
 
 
 def _trainings(checkpoints: list[dict[str, Any]], recipe: Recipe) -> tuple[list[list[int]], bool]:

@@ -1,0 +1,136 @@
+"""The nearest examples by cosine (FAISS): exact where that takes seconds, else over k-means cells.
+
+An exact search costs m·n products of m queries with n examples. Beyond EXACT of them the examples
+are sorted into about 4√n cells and a query looks into the nearest: as many as SCANNED products
+allow, and PROBES at least, so that n queries cost about n·√n. What that misses is measured:
+``recall`` is the share of the true neighbours found, of some queries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from tda.errors import DataError
+from tda.scorer.ranking import limit_faiss_threads
+
+EXACT = 5 * 10**8  # products of a query with an example: 22,000 examples among each other
+SCANNED = 10**9
+PROBES, MOST_PROBES = 4, 64
+AROUND = 32  # neighbours that a space keeps of its examples
+ROUNDING = 1e-6  # of a cosine in float32
+_MEASURED = 256  # queries that recall is measured on
+_BLOCK = 2**16  # queries searched at a time
+_TRAINED_ON = 40  # examples a cell: fewer make FAISS warn
+
+
+@dataclass(frozen=True, eq=False)
+class Neighbours:
+    """The nearest examples: indices (int32) and cosine ``[query, k]``, nearest first.
+
+    recall: share of the true neighbours that are among them; 1 where the search was exact.
+    """
+
+    indices: np.ndarray
+    similarity: np.ndarray
+    recall: float = 1.0
+
+    def first(self, k: int) -> Neighbours:
+        return replace(self, indices=self.indices[:, :k], similarity=self.similarity[:, :k])
+
+
+class Space:
+    """Examples as directions, to be searched. rows ``[example, dim]``: finite numbers."""
+
+    def __init__(self, rows: Any) -> None:
+        self.unit = unit(rows)
+
+    def nearest(self, queries: np.ndarray, k: int) -> Neighbours:
+        """The k nearest of every query ``[query, dim]`` (of unit length)."""
+        k = min(k, len(self.unit))
+        if len(queries) * len(self.unit) <= EXACT:
+            return Neighbours(*_search(self._flat, queries, k))
+        afforded = SCANNED * self._cells.nlist // (len(queries) * len(self.unit))
+        self._cells.nprobe = min(max(PROBES, afforded), MOST_PROBES)
+        indices, similarity = _search(self._cells, queries, k)
+        short = np.flatnonzero((indices < 0).any(1))  # its cells hold fewer than k: no −1 goes out
+        indices[short], similarity[short] = _search(self._flat, queries[short], k)
+        return Neighbours(indices, similarity, self._recall(queries, similarity))
+
+    def others(self, k: int) -> Neighbours:
+        """The k nearest others of every example; fewer where there are fewer."""
+        k = min(k, len(self.unit) - 1)
+        found = self.nearest(self.unit, k + 1)
+        itself = found.indices == np.arange(len(self.unit), dtype=np.int32)[:, None]
+        itself[~itself.any(1), -1] = True  # among more than k copies of it: drop the last of them
+        indices, similarity = (
+            of[~itself].reshape(-1, k) for of in (found.indices, found.similarity)
+        )
+        return Neighbours(indices, similarity, found.recall)
+
+    @cached_property
+    def around(self) -> Neighbours:
+        """The AROUND nearest others, searched once for all that ask."""
+        return self.others(AROUND)
+
+    @cached_property
+    def _flat(self) -> Any:
+        import faiss
+
+        index = faiss.IndexFlatIP(self.unit.shape[1])
+        index.add(self.unit)
+        return index
+
+    @cached_property
+    def _cells(self) -> Any:
+        import faiss
+
+        limit_faiss_threads()
+        n, dim = self.unit.shape
+        cells = int(4 * n**0.5)
+        index = faiss.IndexIVFFlat(faiss.IndexFlatIP(dim), dim, cells, faiss.METRIC_INNER_PRODUCT)
+        index.cp.niter = 5
+        some = np.random.default_rng(0).choice(n, min(n, _TRAINED_ON * cells), replace=False)
+        index.train(self.unit[np.sort(some)])
+        index.add(self.unit)
+        return index
+
+    def _recall(self, queries: np.ndarray, similarity: np.ndarray) -> float:
+        some = np.unique(np.linspace(0, len(queries) - 1, _MEASURED).round().astype(np.int64))
+        k, exact = similarity.shape[1], np.empty(len(some), np.float32)
+        for start in range(0, len(some), 16):
+            part = queries[some[start : start + 16]] @ self.unit.T
+            exact[start : start + 16] = np.partition(part, -k, axis=1)[:, -k]
+        return float((similarity[some] >= exact[:, None] - ROUNDING).mean())
+
+
+def neighbours(rows: Any, k: int) -> Neighbours:
+    """The k nearest others of every row; fewer where there are fewer."""
+    return Space(rows).others(k)
+
+
+def unit(rows: Any) -> np.ndarray:
+    """Rows of length 1, float32; a row of zeros is like nothing."""
+    values = torch.as_tensor(np.asarray(rows), dtype=torch.float32)
+    if values.ndim != 2 or not torch.isfinite(values).all():
+        raise DataError(
+            "rows cannot be compared",
+            found=f"shape {list(values.shape)}",
+            wanted="finite numbers [example, dim]",
+        )
+    return np.ascontiguousarray(torch.nn.functional.normalize(values, dim=1).numpy())
+
+
+def _search(index: Any, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """(indices int32, cosines) ``[query, k]``, a block of queries at a time."""
+    limit_faiss_threads()
+    indices = np.empty((len(queries), k), np.int32)
+    similarity = np.empty((len(queries), k), np.float32)
+    for start in range(0, len(queries), _BLOCK):
+        some = slice(start, start + _BLOCK)
+        similarity[some], indices[some] = index.search(np.ascontiguousarray(queries[some]), k)
+    return indices, similarity
