@@ -278,7 +278,7 @@ def test_table_has_one_row_a_slice_and_example(tmp_path, monkeypatch):
     """In the order of the arrays; pandas is asked for only then (here: a stand-in)."""
     from tda.valuation import frames
 
-    monkeypatch.setattr(frames, "import_module", lambda name: SimpleNamespace(DataFrame=dict))
+    monkeypatch.setattr(frames, "partner", lambda *_: SimpleNamespace(DataFrame=dict))
     found = valuation.values(run_of(tmp_path), "q", by=["a", "a", "a", "b", "b", "b"])
     table = found.to_frame()
     assert table["slice"].tolist() == ["a"] * 40 + ["b"] * 40
