@@ -327,7 +327,7 @@ def examine(
 ) -> None:
     """Print and keep the figures, write the report; again: the training, to do what is proposed."""
     found = figures(run, made, names)
-    run.path.joinpath("planted.json").write_text(json.dumps(found, indent=1) + "\n")
+    Path(str(run.path), "planted.json").write_text(json.dumps(found, indent=1) + "\n")
     tell(found)
     page = write_report(
         run,
