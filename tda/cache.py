@@ -12,8 +12,6 @@ import json
 import logging
 import os
 import tempfile
-import zipfile
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from tda.npz import read_npz
 from tda.store.files import Place, beside, list_files, read_files
 
 Arrays = dict[str, np.ndarray]
@@ -66,6 +65,15 @@ class Cache:
     def of(store: Run, table: str = "train") -> Cache:
         return Cache(beside(store.path) / "cache", fingerprint(store, table))
 
+    def mine(self) -> Cache:
+        """The same in a folder of this user's: for what only its own maker may safely read.
+
+        A run may come from a stranger, and its cache too: arrays are harmless, other formats may
+        not be.
+        """
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        return Cache(Path(home) / "tda", self.source)
+
     def get(self, kind: str, choices: Sequence[object], compute: Callable[[], Arrays]) -> Arrays:
         """The arrays kept for these choices, or those computed, which are then kept.
 
@@ -84,11 +92,11 @@ class Cache:
 
 def _read(path: Path) -> Arrays | None:
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
+        with path.open("rb") as file:
+            return read_npz(file)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, ValueError) as error:
         log.warning("%s is damaged (%s) and is computed again", path, error)
         return None
 

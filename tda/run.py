@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
     from tda.scorer import Prepared
     from tda.scorer.ranking import TopK
+    from tda.store import Fault
 
 _CHUNK_BYTES = 8 * 2**20  # of rows: larger buffers page-fault on every read
 _MAX_CHUNK_ROWS = 4096
@@ -299,6 +300,12 @@ class Run:
                 table = plan_curvature(self.store, featurizer, data, num_rows, batch_size, tick)
             work = Filling(self, table.name, curvature_filler, data, batch_size)
             work.finish("curvature", progress)
+
+    def verify(self, *, withdraw: bool = True) -> list[Fault]:
+        """Read everything the run holds; see `tda.upkeep.verify`."""
+        from tda.upkeep import verify
+
+        return verify(self.path, withdraw=withdraw)
 
     def scores(self, queries: Any, recipe: str | Recipe = "trak") -> da.Array:
         """Every score, ``[query, train]`` float32; > 0 where training on the example helps.

@@ -15,6 +15,11 @@ from tda.scorer import Prepared, TopK, candidates, prepare, top_k
 from tda.scorer.candidates import RowIndex, approximate_top_k
 
 
+@pytest.fixture(autouse=True)
+def _home(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+
+
 def clustered(path: Path, n: int = 3000, dim: int = 16, num_checkpoints: int = 2) -> MemoryStore:
     """Rows around 30 directions, of uneven length; queries near some of them."""
     rng = np.random.default_rng(0)
@@ -136,7 +141,9 @@ def test_an_index_is_built_and_measured_once_per_store(kind, tmp_path):
     assert store.train.reads == []
     assert again.recall == first.recall
     np.testing.assert_array_equal(again.proponents.indices, first.proponents.indices)
-    for path in (tmp_path / "cache").iterdir():
+    in_run = [path.name for path in (tmp_path / "cache").iterdir()]
+    assert not any(name.startswith("faiss") for name in in_run)  # a stranger's would be parsed
+    for path in [*(tmp_path / "cache").iterdir(), *(tmp_path / "home/tda").iterdir()]:
         path.write_bytes(path.read_bytes()[:-100])
     repaired = approximate_top_k(store, prepared, 10, kind)
     assert store.train.reads != []

@@ -14,9 +14,9 @@ from explorer_run import Made, make_run
 from fastapi.testclient import TestClient
 
 import tda
+from tda.decisions import ConflictError, Mark, Marks, as_csv
 from tda.errors import StoreError
 from tda.explorer import Explorer, create_app
-from tda.explorer.marks import ConflictError, Mark, Marks, as_csv
 
 
 @pytest.fixture

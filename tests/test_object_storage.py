@@ -22,8 +22,8 @@ import pytest
 import stored
 from object_storage import SECRETS, Server, Wire
 
+from tda.decisions import Marks
 from tda.errors import ConfigError, StoreError, UnreachableError
-from tda.explorer.marks import Marks
 from tda.store import Store, Table, kept, remote
 from tda.store.files import Place, Remote, as_place, list_files, read_file, write_file
 from tda.store.remote import traffic

@@ -13,6 +13,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from tda.recipe import Recipe
     from tda.store import Fault
+    from tda.upkeep import Difference
 
 _PIPED_WIDTH = 160  # a pipe has no width of its own; 80 columns would cut the ids
 
@@ -43,6 +44,14 @@ def faults(path: object, found: Sequence[Fault]) -> Table:
         f"{path}: {len(found)} fault{'s' if len(found) > 1 else ''}",
         ("kind", "where", "what", "do"),
         [(fault.kind, str(fault.path), fault.what, fault.do) for fault in found],
+    )
+
+
+def differences(path: Place, found: Sequence[Difference]) -> Table:
+    return table(
+        f"{path}: {len(found)} numbers are not what the model gives",
+        ("example", "checkpoint ", "where", "error ", "allowed "),
+        [(d.id, str(d.checkpoint), d.where, f"{d.error:.2g}", f"{d.allowed:.2g}") for d in found],
     )
 
 

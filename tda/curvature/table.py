@@ -20,6 +20,7 @@ Other measurements draw targets from the model (`Measurement.draw`) in place of 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -102,11 +103,9 @@ def plan_curvature(
     if sample is None:
         size = featurizer.batch_size(batch_size, dataset)
         sample = choose(featurizer, dataset, wanted, size, tick)
-        examples = _describe(sample, train, dataset)
-        _remove(store)
-    else:
-        examples = _describe(sample, train, dataset)
-    return store.plan(CURVATURE, examples, None)
+        if not _is_of(store, train, len(sample.example)):
+            _remove(store)
+    return store.plan(CURVATURE, _describe(sample, train, dataset), None)
 
 
 def choose(
@@ -199,6 +198,28 @@ def _traces(measurement: Measurement, outputs: Tensor, batch: Batch) -> Tensor:
         v = 2.0 * torch.randint(2, outputs.shape, generator=generator) - 1
         total += (v * hessian(outputs, batch, v)).flatten(1).sum(1)
     return total / _PROBES
+
+
+def keep_sample(store: Store) -> Callable[[Table, Dataset], Examples] | None:
+    """What the rows of the table, as it is, are of a training set in which examples have changed.
+
+    None if the run has no whole table of its training set. Pairs (example, label) drawn with
+    probabilities π give G without bias whatever has become of an example.
+    """
+    if CURVATURE not in store.manifest["data"]:
+        return None
+    sample = _stored(store, store.stored(TRAIN), None)
+    if sample is None:
+        return None
+    return lambda train, dataset: _describe(sample, train, dataset)
+
+
+def _is_of(store: Store, train: Table, num_rows: int) -> bool:
+    """Whether the table, damaged as it may be, is so many rows of this training set."""
+    data = store.manifest["data"]
+    record = data.get(CURVATURE, {})
+    whose = record.get("train") == data[TRAIN]["digest"]
+    return whose and bool(record["num_rows"] == num_rows)
 
 
 def _stored(store: Store, train: Table, num_rows: int | None) -> Sample | None:

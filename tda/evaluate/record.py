@@ -18,10 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from tda.errors import DataError, MismatchError, StoreError
+from tda.errors import ConfigError, DataError, MismatchError, StoreError
 from tda.evaluate.design import Design
 from tda.store.arrays import ArraySpec, group_document
-from tda.store.deleted import deleted_positions
+from tda.store.bounds import DOCUMENT_BYTES, MOST
+from tda.store.deleted import deleted_positions, num_deleted
 from tda.store.files import (
     TRAILER,
     Place,
@@ -45,11 +46,15 @@ from tda.store.marks import (
     write_documents,
     write_mark,
 )
+from tda.store.verify import Fault, FolderCheck
 
 FOLDER = "evaluate"
 _MANIFEST = "manifest.json"
+_DERIVED = ("results.json", "plan.json")  # made of it; nothing relies on them
+_REDO = "call ground_truth, or `tda evaluate CONFIG`, again: only what is missing is trained again"
 _GROWS = ("num_subsets", "seeds")  # a design with more of these continues the one with fewer
 _MASK_ROWS = 64
+_MOST_UNITS = 2**20
 _MASK_BYTES = 16 * 2**20  # of a chunk
 _CURES = {
     "design": "give this design another name",
@@ -133,7 +138,8 @@ class Record:
 
     @property
     def _num_train(self) -> int:
-        return len(self._examples)
+        train = self.manifest["train"]
+        return int(train["num_rows"]) - num_deleted({"data": {"train": train}}, self.path)
 
     @property
     def num_queries(self) -> int:
@@ -171,6 +177,30 @@ class Record:
             remove_mark(self.path, STATIC)
             write_mark(self.path, STATIC, mark)
 
+    def mask_fault(self) -> str | None:
+        """What is wrong with the stored masks, or None; they are as large as the design says."""
+        spec, mark = self._specs["masks"], read_mark(self.path / STATIC)
+        if mark is None:
+            return "their mark is missing or damaged"
+        wanted = range(-(-spec.shape[0] // spec.chunk_rows))
+        for key in map(spec.key, wanted):
+            stat, size = stat_file(self.path / key), spec.num_bytes + TRAILER
+            if stat is None or stat.size != size or key not in mark.files:
+                return f"{key} is missing, or not of {size} bytes"
+        return None
+
+    def has_masks(self) -> bool:
+        """Whether the masks on the disk are those of the design."""
+        full = Design.parse(self.manifest["design"])
+        masks, spec = full.masks(self._num_train), self._specs["masks"]
+        rows = spec.chunk_rows
+        for chunk in range(-(-len(masks) // rows)):
+            data = map_file(self.path / spec.key(chunk))
+            part = masks[chunk * rows : (chunk + 1) * rows]
+            if data is None or not np.array_equal(spec.unpack(data[:-TRAILER])[: len(part)], part):
+                return False
+        return True
+
     def units(self) -> list[tuple[int, int]]:
         """(subset, position of the seed) of every retraining."""
         return [(s, k) for s in range(self.design.num_subsets) for k in range(self._num_seeds)]
@@ -204,6 +234,8 @@ class Record:
         data = map_file(self.path / key)
         if data is None or damage(key, data, mark.files[key]) is not None:
             return None
+        if len(data) != spec.num_bytes + TRAILER:
+            return None  # whole, but of another number of queries
         return spec.unpack(data[:-TRAILER])[0, 0]
 
     def write(self, subset: int, seed: int, outputs: np.ndarray) -> None:
@@ -232,7 +264,42 @@ class Record:
                 found=f"{missing} of {len(self.units())} retrainings are missing",
                 do="call ground_truth, or `tda evaluate CONFIG`, again: what is finished is kept",
             )
+        if self.mask_fault() is not None:
+            raise StoreError(
+                "the subsets of this ground truth are damaged",
+                where=self.path / STATIC,
+                found=self.mask_fault(),
+                do="call ground_truth, or `tda evaluate CONFIG`, again: it writes them anew",
+            )
         return GroundTruth(self._masks, outputs, self.path, self.manifest)
+
+
+def faults(run: Place, name: str, withdraw: bool) -> list[Fault]:
+    """Every fault of RUN/evaluate/NAME; the marks of damaged retrainings are withdrawn if asked.
+
+    `ground_truth`, called again, trains those again and no others.
+    """
+    check = FolderCheck(run, f"{FOLDER}/{name}", withdraw, _REDO)
+    found = list(check.marked())
+    check.known |= {_MANIFEST, *_DERIVED}
+    try:
+        manifest = _read_manifest(run / FOLDER / name)
+    except StoreError as error:
+        found.append(check.fault(_MANIFEST, "altered", error.what, error.do))
+        return [*found, *check.others(complete=False)]
+    record = Record(run / FOLDER / name, manifest, Design.parse(manifest["design"]))
+    masks = record.mask_fault()
+    if masks is None and check.stands(STATIC) and not record.has_masks():
+        masks = "they are not those of its design"
+    if masks is not None and STATIC not in check.bad | check.withdrawn:
+        found.append(check.fault(STATIC, "altered", f"masks: {masks}"))
+    for unit in record.units():
+        key = _mark(*unit)
+        if check.stands(key) and record._outputs(*unit) is None:
+            found.append(check.bad_mark(key, "the mark is for another retraining"))
+        elif key not in check.known:
+            found.append(check.fault(key, "missing", "this retraining is not done yet"))
+    return [*found, *check.others(complete=True)]
 
 
 def _mask_rows(num_train: int) -> int:
@@ -249,7 +316,7 @@ def _mark(subset: int, seed: int) -> str:
 
 def _read_manifest(path: Place) -> dict[str, Any]:
     file = path / _MANIFEST
-    data = read_file(file)
+    data = read_file(file, DOCUMENT_BYTES)
     if data is None:
         raise StoreError(
             "there is no ground truth in this folder",
@@ -263,7 +330,36 @@ def _read_manifest(path: Place) -> dict[str, Any]:
             where=file,
             do="restore it from a copy, or delete the folder and retrain",
         )
+    fault = _manifest_fault(manifest)
+    if fault is not None:
+        raise StoreError(
+            "the manifest of this ground truth makes no sense",
+            where=file,
+            found=fault,
+            do="delete the folder and retrain; it was not written by this program",
+        )
     return manifest
+
+
+def _manifest_fault(manifest: Mapping[str, Any]) -> str | None:
+    """What is wrong with it, or None. It may be a stranger's: sizes are checked before use."""
+    try:
+        counts = [manifest[part]["num_rows"] for part in ("train", "queries")]
+        design = Design.parse(manifest["design"])
+        numbers = [design.num_subsets, design.draw, *design.seeds]
+        float(design.fraction or 0)
+        left_out = [index for some in design.left_out or () for index in some]
+        if not all(type(n) is int and 0 <= n <= MOST for n in (*counts, *numbers, *left_out)):
+            return f"numbers that are none: {[*counts, *numbers]}"[:200]
+        if min(counts) < 1 or max(left_out, default=0) >= counts[0]:
+            return "examples or queries that are not there"
+        if design.num_subsets * len(design.seeds) > _MOST_UNITS:
+            return f"{design.num_subsets} subsets × {len(design.seeds)} seeds"
+        if design.kind == "given" and len(design.left_out or ()) != design.num_subsets:
+            return "another number of subsets than are given"
+    except (ConfigError, KeyError, TypeError, ValueError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"[:200]
+    return None
 
 
 def _continued(path: Place, stored: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:

@@ -7,11 +7,11 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from fastapi import APIRouter, Depends, Path, Query, Response
 
+from tda.decisions import Marks, as_csv
 from tda.explorer.asking import Explorer, Question, Ranked, Search, extremes
 from tda.explorer.comparing import compare, group_view
 from tda.explorer.faults import fault_of
 from tda.explorer.library import AbsentError, Keep, Order, Shelf
-from tda.explorer.marks import Marks, as_csv
 from tda.explorer.schema import (
     MAX_K,
     MAX_NAME,

@@ -10,12 +10,12 @@ import uvicorn
 from fastapi import FastAPI
 
 from tda import __version__
+from tda.decisions import Marks
 from tda.errors import ConfigError
 from tda.explorer import api
 from tda.explorer.access import Access, Guard
 from tda.explorer.asking import Explorer
 from tda.explorer.faults import answer_faults
-from tda.explorer.marks import Marks
 from tda.explorer.pages import Pages
 from tda.explorer.pages import router as page_router
 

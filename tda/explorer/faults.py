@@ -12,9 +12,9 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 
+from tda.decisions import ConflictError
 from tda.errors import ConfigError, DataError, MismatchError, RecipeError, StoreError, TdaError
 from tda.explorer.library import AbsentError
-from tda.explorer.marks import ConflictError
 from tda.explorer.schema import Fault
 from tda.explorer.uploads import UnavailableError
 from tda.report.examples import clean

@@ -17,13 +17,13 @@ from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 
 import tda.report
+from tda.decisions import Mark, Marks
 from tda.errors import DataError, TdaError
 from tda.explorer.api import run_card
 from tda.explorer.asking import Explorer, Question, Ranked, Search, extremes
 from tda.explorer.comparing import compare, group_view
 from tda.explorer.faults import fault_of, status_of
 from tda.explorer.library import AbsentError, Shelf
-from tda.explorer.marks import Mark, Marks
 from tda.explorer.schema import Fault, MarkIn
 from tda.explorer.shown import decide, listed_marks
 from tda.explorer.state import Asked

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from tda.explorer.marks import Action
+from tda.decisions import Action
 
 MAX_K = 200
 MAX_NOTE = 1000

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+from tda.decisions import Mark, Marks
 from tda.explorer.asking import Explorer, Ranked
 from tda.explorer.library import Shelf
-from tda.explorer.marks import Mark, Marks
 from tda.explorer.schema import ExampleOut, MarkIn, MarkOut, ScoredOut
 from tda.recipe import Recipe
 from tda.report.data import Example

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tda.errors import StoreError
 from tda.gradients import Factor, Outer
+from tda.npz import read_npz
 from tda.projection.sketches import CountSketch, Identity
 from tda.projection.tiles import Shapes, Tile, random_signs, square_norm, total
 
@@ -170,15 +171,15 @@ def bases_to_bytes(bases: Bases) -> bytes:
 def bases_from_bytes(data: bytes, shapes: Shapes) -> Bases:
     """The inverse of `bases_to_bytes`. Raises StoreError."""
     try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as file:
-            bases = {
-                name: tuple(
-                    torch.from_numpy(file[f"{name}/{part}"])
-                    for part in _PARTS
-                    if f"{name}/{part}" in file.files
-                )
-                for name in shapes
-            }
-    except (ValueError, OSError, KeyError) as error:
+        arrays = read_npz(io.BytesIO(data))
+        bases = {
+            name: tuple(
+                torch.from_numpy(arrays[f"{name}/{part}"])
+                for part in _PARTS
+                if f"{name}/{part}" in arrays
+            )
+            for name in shapes
+        }
+    except (ValueError, TypeError) as error:  # TypeError: numbers that torch does not have
         raise StoreError("the bases of the projection cannot be read", found=error) from error
     return {name: parts for name, parts in bases.items() if parts}

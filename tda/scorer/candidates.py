@@ -69,7 +69,8 @@ class RowIndex:
                 "index": faiss.serialize_index(_filled(_trained(kind, dim, prepared), prepared))
             }
 
-        stored = cache.get("faiss", (kind, weights), compute)
+        # FAISS does not guard against bytes that a stranger made, so these are not kept in the run.
+        stored = cache.mine().get("faiss", (kind, weights), compute)
         return RowIndex(kind, faiss.deserialize_index(stored["index"]), cache, weights)
 
     def top_k(self, prepared: Prepared, k: int) -> TopK:

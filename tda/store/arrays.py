@@ -14,6 +14,8 @@ from functools import cached_property
 
 import numpy as np
 
+from tda.store.bounds import array_fault
+
 COLUMNS = ("loss", "p", "slope", "curvature", "grad_norm")  # one number an example and checkpoint
 CHECKPOINT = "checkpoint"
 
@@ -108,16 +110,26 @@ class ArraySpec:
 
     @staticmethod
     def parse(name: str, document: bytes) -> ArraySpec:
-        """The array a ``zarr.json`` written by :meth:`document` describes."""
-        parts = json.loads(document)
-        return ArraySpec(
-            name,
-            tuple(parts["shape"]),
-            tuple(parts["chunk_grid"]["configuration"]["chunk_shape"]),
-            parts["data_type"],
-            tuple(parts["dimension_names"]),
-            parts["attributes"].get("encoding", ""),
-        )
+        """The array a ``zarr.json`` written by :meth:`document` describes.
+
+        Raises ValueError for one that this never wrote, or that makes no sense.
+        """
+        try:
+            parts = json.loads(document)
+            spec = ArraySpec(
+                name,
+                tuple(parts["shape"]),
+                tuple(parts["chunk_grid"]["configuration"]["chunk_shape"]),
+                parts["data_type"],
+                tuple(parts["dimension_names"]),
+                parts["attributes"].get("encoding", ""),
+            )
+            fault = array_fault(spec)
+        except (KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{type(error).__name__}: {error}"[:100]) from error
+        if fault is not None:
+            raise ValueError(fault)
+        return spec
 
 
 def group_document() -> bytes:

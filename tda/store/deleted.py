@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -28,19 +29,39 @@ _RANGES = re.compile(r"[0-9]{1,15}(-[0-9]{1,15})?( [0-9]{1,15}(-[0-9]{1,15})?)*"
 _SHARES = ("curvature", "weight")  # of the table ``curvature``: they count rows and examples
 
 
-def deleted_positions(manifest: Mapping[str, Any], run: Place) -> np.ndarray:
-    """Positions of the deleted training examples, ascending int64. Raises StoreError if absurd."""
+def deleted_positions(
+    manifest: Mapping[str, Any], run: Place, num_stored: int | None = None
+) -> np.ndarray:
+    """Positions of the deleted training examples, ascending int64. Raises StoreError if absurd.
+
+    num_stored: of rows that are there, where that is known better than from the manifest.
+    """
+    ends = _ranges(manifest, run, num_stored)
+    pieces = [np.arange(first, last + 1) for first, last in ends]
+    return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
+
+
+def num_deleted(manifest: Mapping[str, Any], run: Place) -> int:
+    """How many training examples are deleted, without listing them. Raises StoreError."""
+    return sum(last + 1 - first for first, last in _ranges(manifest, run, None))
+
+
+def _ranges(
+    manifest: Mapping[str, Any], run: Place, num_stored: int | None
+) -> list[tuple[int, int]]:
     record = manifest["data"].get(TRAIN, {})
     text = record.get(KEY)
     if text is None:
-        return np.empty(0, np.int64)
+        return []
     if isinstance(text, str) and _RANGES.fullmatch(text):
-        ranges = [range_.partition("-") for range_ in text.split(" ")]
-        ends = np.array([(int(first), int(last or first)) for first, _, last in ranges])
-        borders = ends.reshape(-1)
-        ordered = (ends[:, 0] <= ends[:, 1]).all() and (np.diff(ends.reshape(-1))[1::2] > 0).all()
-        if ordered and borders[-1] < record["num_rows"]:
-            return np.concatenate([np.arange(first, last + 1) for first, last in ends])
+        spelled = [range_.partition("-") for range_ in text.split(" ")]
+        ends = [(int(first), int(last or first)) for first, _, last in spelled]
+        ordered = all(first <= last for first, last in ends) and all(
+            before[1] < after[0] for before, after in pairwise(ends)
+        )
+        num_rows = record["num_rows"] if num_stored is None else num_stored
+        if ordered and ends[-1][1] < min(record["num_rows"], num_rows):
+            return ends
     raise StoreError(
         "the list of deleted examples makes no sense",
         where=f"{run / NAME}, data.{TRAIN}.{KEY}",
@@ -76,13 +97,12 @@ def places(train: Table, ids: Sequence[str]) -> np.ndarray:
 
 def without_deleted(table: Table) -> Table | Remaining:
     """The table as readers see it. Raises StoreError if nothing would be left."""
-    manifest = table.manifest
-    deleted = deleted_positions(manifest, table.path)
-    if not len(deleted):
+    if KEY not in table.manifest["data"].get(TRAIN, {}):
         return table
-    if table.name == TRAIN:
+    train = table if table.name == TRAIN else Table(table.path, TRAIN)
+    deleted = deleted_positions(table.manifest, table.path, train.num_rows)
+    if table is train:
         return Remaining(table, np.delete(np.arange(table.num_rows), deleted))
-    train = Table(table.path, TRAIN)
     gone = train.entries("id", deleted)
     kept = np.flatnonzero(~np.isin(table.column("example"), gone))
     if not len(kept):

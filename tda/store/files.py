@@ -51,7 +51,7 @@ def unseal(data: bytes) -> dict[str, Any] | None:
         value = json.loads(data)
         del value["crc32c"]
         return value if seal(value) == data else None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
@@ -111,14 +111,16 @@ def list_folders(folder: Place) -> list[str]:
     return sorted(found)
 
 
-def read_file(place: Place) -> bytes | None:
-    """The bytes of a file, or None if there is none. Raises StoreError."""
+def read_file(place: Place, most: int | None = None) -> bytes | None:
+    """The bytes of a file, or None if there is none. Raises StoreError, also for more than most."""
     if isinstance(place, Remote):
         found = stat_file(place)
+        if found is not None and most is not None and found.size > most:
+            raise _too_large(place, found.size, most)
         return None if found is None else read_files(place.parent, {place.name: found})[place.name]
     with disk(place, "read"):
         try:
-            return place.read_bytes()
+            return local.read(place, most)
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             return None
 
@@ -152,6 +154,22 @@ def map_file(place: Place) -> np.ndarray | None:
 def is_writable(folder: Place) -> bool:
     """Whether files of a folder may be replaced, as far as can be told beforehand."""
     return isinstance(folder, Remote) or os.access(folder, os.W_OK)
+
+
+def require_plain(run: Place) -> None:
+    """Raises StoreError if anything in a run is a link to somewhere else."""
+    if not isinstance(run, Remote):
+        local.require_plain(run)
+
+
+def _too_large(place: Place, size: int, most: int) -> StoreError:
+    return StoreError(
+        "this file is far too large for what it is",
+        where=place,
+        found=f"{size} bytes",
+        wanted=f"{most} bytes at the most",
+        do="restore it from a copy",
+    )
 
 
 def write_files(folder: Place, files: Iterable[tuple[str, Parts | None]]) -> None:

@@ -16,6 +16,7 @@ import socket
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -32,6 +33,8 @@ _own = ""  # what tells this process's unfinished files from those of others
 
 Parts: TypeAlias = tuple[bytes | memoryview, ...]
 
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)
+_NO_WAIT = getattr(os, "O_NONBLOCK", 0)  # for the other end of a pipe
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 
@@ -56,6 +59,9 @@ def disk(path: object, doing: str) -> Iterator[None]:
         elif error.errno in _FORBIDDEN and doing != "read":
             what = "the folder cannot be written"
             do = "choose a folder that you may write to, or change its permissions"
+        elif error.errno == errno.ELOOP:
+            what = "there is a link in this run, and runs hold plain files only"
+            do = "put what it points to in its place, if you trust it"
         else:
             what = f"cannot {doing} this file"
             do = "check the disk and the path, then run the same command again"
@@ -66,7 +72,7 @@ def stat(path: Path) -> Stat | None:
     """None where there is no such file. Raises StoreError."""
     with disk(path, "read"):
         try:
-            found = os.stat(path)
+            found = os.stat(path, follow_symlinks=False)
         except (FileNotFoundError, NotADirectoryError):
             return None
     return _stat(found)
@@ -87,26 +93,75 @@ def walk(folder: Path) -> Iterator[tuple[str, Stat]]:
             except (FileNotFoundError, NotADirectoryError):
                 continue
         for entry in entries:
-            if entry.is_dir():
+            if entry.is_dir(follow_symlinks=False):
                 todo.append((f"{prefix}{entry.name}/", Path(entry.path)))
             else:
                 with suppress(FileNotFoundError), disk(Path(entry.path), "read"):
-                    yield prefix + entry.name, _stat(entry.stat())
+                    yield prefix + entry.name, _stat(entry.stat(follow_symlinks=False))
 
 
 def folders(folder: Path) -> list[str]:
     """Names of the folders in a folder. Raises StoreError."""
     with disk(folder, "read"):
         try:
-            return [entry.name for entry in os.scandir(folder) if entry.is_dir()]
+            return [
+                entry.name for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False)
+            ]
         except (FileNotFoundError, NotADirectoryError):
             return []
 
 
-def map_file(path: Path) -> np.ndarray:
+def require_plain(run: Path) -> None:
+    """Refuse a run with links: through them its maker could read and write anywhere.
+
+    Chunks are too many to look at here; `read` and `write` follow no link either.
+    """
+    todo = [run]
+    while todo:
+        here = todo.pop()
+        with disk(here, "read"):
+            try:
+                entries = list(os.scandir(here))
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+        for entry in entries:
+            with disk(Path(entry.path), "read"):
+                if entry.is_symlink():
+                    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+            if entry.is_dir() and here.name != "c":
+                todo.append(Path(entry.path))
+
+
+def _opened(path: Path) -> int | None:
+    """A handle to read a file by, or None for a folder. Raises OSError for whatever else it is."""
+    handle = os.open(path, os.O_RDONLY | _NO_LINK | _NO_WAIT)
+    mode = os.fstat(handle).st_mode
+    if S_ISREG(mode):
+        return handle
+    os.close(handle)
+    if S_ISDIR(mode):
+        return None
+    raise OSError(errno.EINVAL, "not a file but a device, a pipe or a socket")
+
+
+def read(path: Path, most: int | None = None) -> bytes | None:
+    """The bytes of a file of at most ``most`` bytes, None where there is none. Raises OSError."""
+    handle = _opened(path)
+    if handle is None:
+        return None
+    with os.fdopen(handle, "rb") as file:
+        if most is not None and os.fstat(handle).st_size > most:
+            raise OSError(errno.EFBIG, f"{os.fstat(handle).st_size} bytes, {most} at the most")
+        return file.read()
+
+
+def map_file(path: Path) -> np.ndarray | None:
     """The bytes of a file, mapped; a change to the array stays in memory. Raises OSError."""
-    with path.open("rb") as file:
-        if not os.fstat(file.fileno()).st_size:  # nothing cannot be mapped
+    handle = _opened(path)
+    if handle is None:
+        return None
+    with os.fdopen(handle, "rb") as file:
+        if not os.fstat(handle).st_size:  # nothing cannot be mapped
             return np.empty(0, np.uint8)
         return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)
 
@@ -146,6 +201,7 @@ def write(folder: Path, files: Iterable[tuple[str, Parts | None]]) -> None:
                 continue
             with disk(path, "write"):
                 path.parent.mkdir(parents=True, exist_ok=True)
+                _require_within(folder, path)
                 written[path] = _unfinished(path)
                 _write(written[path], parts)
         with disk(path, "write"):
@@ -164,8 +220,16 @@ def write(folder: Path, files: Iterable[tuple[str, Parts | None]]) -> None:
         raise
 
 
+def _require_within(folder: Path, path: Path) -> None:
+    """Raises OSError if a folder between is a link."""
+    for between in path.relative_to(folder).parents:
+        if (folder / between).is_symlink() and between.name:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+
+
 def _write(path: Path, parts: Parts) -> None:
-    with path.open("wb") as file:
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _NO_LINK, 0o666)
+    with os.fdopen(handle, "wb") as file:
         for part in parts:
             file.write(part)
 

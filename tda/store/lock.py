@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 from tda.errors import StoreError, UnreachableError
 from tda.store import remote
-from tda.store.files import Place, Remote
+from tda.store.files import Place, Remote, require_plain
 
 try:
     import fcntl
@@ -127,6 +127,7 @@ def sole_writer(run: Place) -> Iterator[None]:
 
     Where nothing can be written there is nothing to keep apart, and the first write says so.
     """
+    require_plain(run)
     me = Holder.me()
     lock: _Lease | _File
     if isinstance(run, Remote):

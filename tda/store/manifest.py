@@ -12,6 +12,7 @@ from hashlib import blake2b
 from typing import Any
 
 from tda.errors import DataError, MismatchError, StoreError
+from tda.store.bounds import DOCUMENT_BYTES
 from tda.store.encoding import check_dtype
 from tda.store.files import Place, read_file, seal, to_json, unseal, write_file
 
@@ -62,7 +63,7 @@ def check_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
 def read_manifest(run: Place) -> dict[str, Any]:
     """The manifest of a run. Raises StoreError: none, damaged, or of another format."""
     path = run / NAME
-    data = read_file(path)
+    data = read_file(path, DOCUMENT_BYTES)
     if data is None:
         raise StoreError(
             "there is no run in this folder",
@@ -76,6 +77,16 @@ def read_manifest(run: Place) -> dict[str, Any]:
         raise _other_format(form, path)
     if manifest is None:
         raise _damaged(path)
+    from tda.store.claims import manifest_fault
+
+    fault = manifest_fault(manifest)
+    if fault is not None:
+        raise StoreError(
+            "the manifest makes no sense",
+            where=path,
+            found=fault,
+            do="ask whoever made this run; it was not written by this program",
+        )
     return manifest
 
 
@@ -83,7 +94,7 @@ def _format(data: bytes) -> object:
     """The format number even of a manifest that is sealed in another way, as another may be."""
     try:
         return json.loads(data)["format"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
@@ -97,7 +108,7 @@ def _damaged(path: Place) -> StoreError:
         where=path,
         found="its checksum does not match its content",
         do="restore it from a copy; or delete it and rerun `tda index` with the same model, data "
-        "and settings: finished chunks are kept",
+        "and settings: finished chunks are kept (deleted examples are to be deleted again)",
     )
 
 

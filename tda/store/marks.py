@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from tda.store.bounds import DOCUMENT_BYTES, is_mark
 from tda.store.files import (
     TRAILER,
     Parts,
@@ -63,7 +64,7 @@ class Mark:
     def parse(data: bytes) -> Mark | None:
         """The mark, or None if ``data`` is not exactly what :meth:`to_bytes` wrote."""
         parts = unseal(data)
-        if parts is None:
+        if parts is None or not is_mark(parts):
             return None
         files = {
             key: Entry(entry["size"], int(entry["crc32c"], 16))
@@ -79,7 +80,7 @@ def chunk_mark(checkpoint: int, chunk: int) -> str:
 
 def read_mark(place: Place) -> Mark | None:
     """The mark at ``place``, or None if there is none or it is damaged. Raises StoreError."""
-    data = read_file(place)
+    data = read_file(place, DOCUMENT_BYTES)
     return None if data is None else Mark.parse(data)
 
 

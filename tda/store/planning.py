@@ -47,9 +47,11 @@ def plan_table(
     examples: Examples,
     hidden: int | None,
     dtype: str | None,
+    changed: bool = False,
 ) -> Table:
     """The table ``name`` of these examples, created, appended to, repaired or as it was.
 
+    changed: fewer than half of them may be others than were stored in their places.
     Raises MismatchError if it holds other examples, DataError for what cannot be stored.
     """
     if len(examples) == 0:
@@ -63,9 +65,9 @@ def plan_table(
     stored = _stored(run, name)
     chunk_rows = manifest["chunk_rows"]
     if stored is not None:
-        _require_same(stored, examples, hidden)
+        (_require_alike if changed else _require_same)(stored, examples, hidden)
         chunk_rows = stored.chunk_rows
-    elif name == TRAIN:
+    elif name == TRAIN and not changed:
         _require_record(run, manifest, examples)
     else:
         chunk_rows = min(chunk_rows, len(examples))
@@ -78,7 +80,7 @@ def plan_table(
         rows_as,
         hidden,
     )
-    if stored is not None and stored.specs == specs and _has_files(stored):
+    if not changed and stored is not None and stored.specs == specs and _has_files(stored):
         return stored
     return _settle(run, name, specs, static, examples)
 
@@ -163,6 +165,19 @@ def _require_same(stored: Table, examples: Examples, hidden: int | None) -> None
             stored,
             f"{len(examples)} examples",
             f"at least {stored.num_rows}; the first that is absent is {str(ids[n])!r}",
+        )
+
+
+def _require_alike(stored: Table, examples: Examples, hidden: int | None) -> None:
+    """Raises MismatchError unless most of the examples are those stored, in their places."""
+    n = stored.num_rows
+    fewer = len(examples) < n
+    count = n if fewer else int(_differs(stored.column("digest"), examples.digests[:n]).sum())
+    if stored.hidden != hidden or 2 * count > n:
+        raise _mismatch(
+            stored,
+            f"{len(examples)} examples, {count} of the first {n} with another content",
+            f"at least {n}, of which not more than half are others than they were",
         )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from tda.data import Examples
 from tda.errors import DataError, MismatchError, StoreError
 from tda.store.deleted import KEY, deleted_positions, places, with_deleted, without_deleted
-from tda.store.files import Place, as_place, list_folders, stat_file
+from tda.store.files import Place, as_place, list_folders, require_plain, stat_file
 from tda.store.manifest import (
     CURVATURE,
     NAME,
@@ -54,6 +54,7 @@ class Store:
         be written or is something else.
         """
         folder = as_place(path)
+        require_plain(folder)
         given = check_manifest({**manifest, "data": {}})
         if stat_file(folder / NAME) is not None:
             stored = read_manifest(folder)
@@ -72,21 +73,29 @@ class Store:
     def open(path: str | Place) -> Store:
         """The run at ``path``. Raises StoreError if there is none, or its format is unknown."""
         folder = as_place(path)
+        require_plain(folder)
         return Store(folder, read_manifest(folder))
 
     def plan(
-        self, table: str, examples: Examples, hidden: int | None = None, dtype: str | None = None
+        self,
+        table: str,
+        examples: Examples,
+        hidden: int | None = None,
+        dtype: str | None = None,
+        *,
+        changed: bool = False,
     ) -> Table:
         """The table ``train``, ``curvature`` or ``queries/NAME`` of these examples.
 
         ``missing()`` of it is left to do. Creates it, finds it, repairs it, or appends to it:
         ``examples`` may go on after those that are stored; a chunk that was cut short before
         becomes missing. ``hidden`` is the width of the embedding, None for none. Rows of query
-        sets are float32 whatever the run's dtype.
+        sets are float32 whatever the run's dtype. ``changed``: examples may be others than they
+        were, in the same places; their chunks become missing.
         One process plans. Raises MismatchError naming the first example that is another one.
         """
         name = check_table_name(table)
-        planned = plan_table(self.path, self.manifest, name, examples, hidden, dtype)
+        planned = plan_table(self.path, self.manifest, name, examples, hidden, dtype, changed)
         record = {"num_rows": len(examples), "digest": examples.digest()}
         data = self.manifest["data"]
         if name == TRAIN and KEY in data.get(TRAIN, {}):
@@ -130,8 +139,10 @@ class Store:
     @property
     def deleted(self) -> np.ndarray:
         """``[d]`` ids of the deleted training examples, in the order of the table."""
-        positions = deleted_positions(self.manifest, self.path)
-        return self.stored(TRAIN).entries("id", positions) if len(positions) else np.array([], str)
+        if KEY not in self.manifest["data"].get(TRAIN, {}):
+            return np.array([], str)
+        train = self.stored(TRAIN)
+        return train.entries("id", deleted_positions(train.manifest, self.path, train.num_rows))
 
     def delete(self, ids: Sequence[str]) -> int:
         """From now on these training examples count nowhere; returns how many did until now.
@@ -148,7 +159,7 @@ class Store:
 
     def _count(self, ids: Sequence[str], change: Callable[..., np.ndarray]) -> int:
         train = self.stored(TRAIN)
-        before = deleted_positions(train.manifest, self.path)
+        before = deleted_positions(train.manifest, self.path, train.num_rows)
         after = change(before, places(train, ids))
         if len(after) == train.num_rows:
             raise DataError(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tda.errors import StoreError
 from tda.store.arrays import ArraySpec
+from tda.store.bounds import table_fault
 from tda.store.chunks import Chunks
 from tda.store.encoding import decode_rows, decode_strings
 from tda.store.files import (
@@ -103,7 +104,14 @@ class Table:
                 raise self._error(f"a metadata document is {document}", key)
             if key not in ("zarr.json", "done/zarr.json"):
                 name = key.partition("/")[0]
-                specs[name] = ArraySpec.parse(name, document.tobytes())
+                try:
+                    specs[name] = ArraySpec.parse(name, document.tobytes())
+                except ValueError as error:
+                    raise self._error("a metadata document makes no sense", key, error) from error
+        sizes = {key: entry.size for key, entry in self.static.files.items()}
+        misfit = table_fault(specs, sizes)
+        if misfit is not None:
+            raise self._error("the arrays of this table do not fit together", STATIC, misfit)
         return specs
 
     # ---- shape

@@ -10,7 +10,18 @@ from typing import Any, Literal
 from tda.errors import StoreError
 from tda.store.files import TMP, Place, is_writable, list_files, map_file, read_file, stat_file
 from tda.store.manifest import BASES, NAME, cure, read_manifest, redo
-from tda.store.marks import FOLDER, STATIC, chunk_mark, damage, is_document, read_mark, remove_mark
+from tda.store.marks import (
+    FOLDER,
+    STATIC,
+    Damage,
+    Entry,
+    Mark,
+    chunk_mark,
+    damage,
+    is_document,
+    read_mark,
+    remove_mark,
+)
 from tda.store.table import Table, table_names
 
 _WHAT = {
@@ -35,7 +46,7 @@ def find_faults(run: Place, manifest: Mapping[str, Any], withdraw: bool) -> list
     """Every fault of a run, sorted by path; see :meth:`tda.store.Store.verify`."""
     faults = [*_manifest_faults(run), *_bases_faults(run, manifest)]
     for name in table_names(run):
-        faults += _TableCheck(run, name, manifest, withdraw).faults()
+        faults += _table_faults(run, name, len(manifest["checkpoints"]), withdraw)
     return sorted(faults, key=lambda fault: (fault.path, fault.kind))
 
 
@@ -63,94 +74,113 @@ def _manifest_faults(run: Place) -> Iterator[Fault]:
         yield Fault(NAME + TMP, "unmarked", "left by an interrupted write", _DELETE)
 
 
-class _TableCheck:
-    """One table, checked against its marks, and its marks against the table."""
+class FolderCheck:
+    """A folder whose files are vouched for by marks in ``done/``."""
 
-    def __init__(self, run: Place, name: str, manifest: Mapping[str, Any], withdraw: bool) -> None:
+    def __init__(self, run: Place, name: str, withdraw: bool, do: str) -> None:
         self.run, self.name, self.folder = run, name, run / name
-        self.manifest = manifest
         writable = is_writable(self.folder / FOLDER)
         self.withdraw = withdraw and writable
-        self.do = redo(name)
+        self.do = do
         if withdraw and not writable:
             self.do = f"make the folder writable, {cure(run, name)}"
         self.known: set[str] = set()  # files that have been accounted for
         self.bad: set[str] = set()  # marks that have been reported
         self.withdrawn: set[str] = set()
-        self.ready = False
         self.listed = list_files(self.folder)
 
-    def faults(self) -> list[Fault]:
-        return [*self._marked(), *self._chunks(), *self._others()]
-
-    def _fault(self, key: str, kind: Any, what: str, do: str | None = None) -> Fault:
+    def fault(self, key: str, kind: Any, what: str, do: str | None = None) -> Fault:
         return Fault(f"{self.name}/{key}", kind, what, self.do if do is None else do)
 
-    def _marked(self) -> Iterator[Fault]:
+    def marked(self) -> Iterator[Fault]:
         """Every mark, and every file a mark names. Needs nothing else to be intact."""
         for key in self.listed:
             folder, _, name = key.partition("/")
             if folder != FOLDER or is_document(name) or not name.endswith(".json"):
                 continue
             self.known.add(key)
-            mark = read_mark(self.folder / key)
+            mark = _mark(self.folder / key)
             if mark is None:
-                yield self._bad_mark(key, "the mark is damaged")
+                yield self.bad_mark(key, "the mark is damaged")
                 continue
             self.known.update(mark.files)
-            found = ((k, damage(k, map_file(self.folder / k), e)) for k, e in mark.files.items())
+            found = ((k, _damage(self.folder, k, e)) for k, e in mark.files.items())
             bad = [(k, kind) for k, kind in found if kind is not None]
             for name, kind in bad:
-                yield self._fault(name, kind, _WHAT[kind])
+                yield self.fault(name, kind, _WHAT[kind])
             if bad:
                 self._take_back(key)
 
-    def _bad_mark(self, key: str, what: str) -> Fault:
+    def bad_mark(self, key: str, what: str) -> Fault:
         self._take_back(key)
         self.bad.add(key)
-        return self._fault(key, "altered", what)
+        return self.fault(key, "altered", what)
 
     def _take_back(self, key: str) -> None:
         if self.withdraw:
             remove_mark(self.folder, key)
             self.withdrawn.add(key)
 
-    def _chunks(self) -> Iterator[Fault]:
-        """Every chunk that should be there."""
-        try:
-            table = Table(self.run, self.name)
-            table.column("digest")
-        except StoreError:  # damaged, and reported as such, or never finished
-            if STATIC not in self.known:
-                yield self._fault(STATIC, "missing", "the table is not planned to the end")
-            return
-        self.ready = True
-        rows = table.specs["rows"]
-        if rows.shape[0] != len(self.manifest["checkpoints"]):
-            yield self._fault(rows.document_key, "altered", "the array lacks a checkpoint")
-        for checkpoint in range(table.num_checkpoints):
-            for chunk in range(table.num_chunks):
-                yield from self._chunk(table, checkpoint, chunk)
+    def stands(self, key: str) -> bool:
+        """Whether a mark is there and nothing has been said against it."""
+        return key in self.known and key not in self.bad and key not in self.withdrawn
 
-    def _chunk(self, table: Table, checkpoint: int, chunk: int) -> Iterator[Fault]:
-        key = chunk_mark(checkpoint, chunk)
-        files = [name for name in table.keys(checkpoint, chunk) if name in self.listed]
-        self.known.update(files)
-        if key in self.known:
-            taken = key in self.bad or key in self.withdrawn
-            if not taken and table.mark(checkpoint, chunk) is None:
-                yield self._bad_mark(key, "the mark is for other rows than these")
-        elif files:
-            yield self._fault(key, "unmarked", "files are there, but no mark says they are whole")
-        else:
-            yield self._fault(key, "missing", "this chunk is not computed yet")
-
-    def _others(self) -> Iterator[Fault]:
-        """Every file nobody vouches for."""
+    def others(self, complete: bool) -> Iterator[Fault]:
+        """Every file nobody vouches for; ``complete``: all that should be known is."""
         for key in self.listed:
             if key in self.known:
                 continue
             if key.endswith(TMP):
-                yield self._fault(key, "unmarked", "left by an interrupted write", _DELETE)
-            elif self.ready:
-                yield self._fault(key, "unmarked", "no mark names this file", "delete it")
+                yield self.fault(key, "unmarked", "left by an interrupted write", _DELETE)
+            elif complete:
+                yield self.fault(key, "unmarked", "no mark names this file", "delete it")
+
+
+def _mark(place: Place) -> Mark | None:
+    try:
+        return read_mark(place)
+    except StoreError:  # a link, a device, far too large
+        return None
+
+
+def _damage(folder: Place, key: str, entry: Entry) -> Damage | None:
+    try:
+        return damage(key, map_file(folder / key), entry)
+    except StoreError:
+        return "altered"
+
+
+def _table_faults(run: Place, name: str, num_checkpoints: int, withdraw: bool) -> Iterator[Fault]:
+    check = FolderCheck(run, name, withdraw, redo(name))
+    yield from check.marked()
+    try:
+        table = Table(run, name)
+        table.column("digest")
+    except StoreError as error:
+        if STATIC not in check.known:
+            yield check.fault(STATIC, "missing", "the table is not planned to the end")
+        elif check.stands(STATIC) and str(error.where).startswith(str(check.folder)):
+            # Whole, but nothing this program wrote.
+            yield check.bad_mark(STATIC, error.what)
+        yield from check.others(complete=False)
+        return
+    rows = table.specs["rows"]
+    if rows.shape[0] != num_checkpoints:
+        yield check.fault(rows.document_key, "altered", "the array lacks a checkpoint")
+    for checkpoint in range(table.num_checkpoints):
+        for chunk in range(table.num_chunks):
+            yield from _chunk_faults(check, table, checkpoint, chunk)
+    yield from check.others(complete=True)
+
+
+def _chunk_faults(check: FolderCheck, table: Table, checkpoint: int, chunk: int) -> Iterator[Fault]:
+    key = chunk_mark(checkpoint, chunk)
+    files = [name for name in table.keys(checkpoint, chunk) if name in check.listed]
+    check.known.update(files)
+    if key in check.known:
+        if check.stands(key) and table.mark(checkpoint, chunk) is None:
+            yield check.bad_mark(key, "the mark is for other rows than these")
+    elif files:
+        yield check.fault(key, "unmarked", "files are there, but no mark says they are whole")
+    else:
+        yield check.fault(key, "missing", "this chunk is not computed yet")

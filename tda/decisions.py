@@ -2,7 +2,8 @@
 
 One line a decision, appended whole under a lock: the last line about an example is what holds.
 Nothing is ever lost, whoever marks at the same time, in this process or another. A line that was
-cut short by a crash was never acknowledged; the next writer takes it away.
+cut short by a crash was never acknowledged; the next writer takes it away. A line has its number
+and its checksum: one that was altered, or is gone from between others, is noticed.
 """
 
 from __future__ import annotations
@@ -10,13 +11,22 @@ from __future__ import annotations
 import csv
 import io
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from threading import Lock
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from tda.errors import StoreError, TdaError
-from tda.store.files import Place, Stat, extend_file, read_file, stat_file
+from tda.store.bounds import DOCUMENT_BYTES
+from tda.store.files import (
+    Place,
+    Stat,
+    crc32c,
+    extend_file,
+    read_file,
+    stat_file,
+    write_file,
+)
 
 Action = Literal["relabel", "remove", "keep", "none"]
 FILE = "actions/marks.jsonl"
@@ -56,8 +66,22 @@ class Marks:
         if seen is None:
             return {}
         if self._read is None or self._read[0] != seen:
-            self._read = seen, self._parse(read_file(self.path) or b"")
+            self._read = seen, self._parse(read_file(self.path, DOCUMENT_BYTES) or b"")
         return self._read[1]
+
+    def fault(self) -> tuple[str, str] | None:
+        """(what is wrong with the file, what to do), or None."""
+        try:
+            self.all()
+            data = read_file(self.path) or b""
+        except StoreError as error:
+            return f"{error.what}: {error.where}", error.do or ""
+        if data and not data.endswith(b"\n"):
+            return (
+                "its last line was cut short, by a crash or later",
+                "the next decision takes this line away; restore the file if it held another",
+            )
+        return None
 
     def set(
         self, name: str, action: Action, label: str | None, note: str, seen: int | None = None
@@ -77,9 +101,7 @@ class Marks:
                 raise _changed(name, known)
             at = datetime.now(UTC).isoformat(timespec="seconds")
             made.append(Mark(name, action, label, note, at, whole.count(b"\n") + 1))
-            line = asdict(made[-1])
-            line.pop("revision")
-            return json.dumps(line, allow_nan=False).encode() + b"\n"
+            return _line(made[-1])
 
         with self._lock:
             extend_file(self.path, line_after)
@@ -88,23 +110,54 @@ class Marks:
     def _parse(self, data: bytes) -> dict[str, Mark]:
         marks: dict[str, Mark] = {}
         for revision, line in enumerate(data.split(b"\n")[:-1], start=1):
-            try:
-                mark = Mark(**json.loads(line), revision=revision)
-                if mark.action not in get_args(Action) or not isinstance(mark.id, str):
-                    raise ValueError(mark.action)
-            except (ValueError, TypeError) as error:
+            mark = _parsed(line)
+            if mark is None or mark.revision not in (0, revision):
                 raise StoreError(
-                    "a mark cannot be read",
+                    "a mark cannot be read" if mark is None else "a mark before this one is gone",
                     where=f"{self.path}, line {revision}",
                     found=line[:80].decode("utf-8", "replace"),
-                    do="mend or delete this line; the others are kept",
-                ) from error
+                    do="restore the file from a copy; or mend or delete this line, and the "
+                    "numbers and checksums of those after it, which may be left out",
+                )
             marks.pop(mark.id, None)
             if mark.action != "none":
-                marks[mark.id] = mark
-            else:
-                marks.pop(mark.id, None)
+                marks[mark.id] = replace(mark, revision=revision)
         return marks
+
+
+def copy(run: Place, to: Place, but: set[str]) -> None:
+    """The decisions of a run as those of another, without those about some examples."""
+    kept = [mark for mark in Marks(run).all().values() if mark.id not in but]
+    if kept:
+        lines = (_line(replace(mark, revision=i)) for i, mark in enumerate(kept, start=1))
+        write_file(to / FILE, b"".join(lines))
+
+
+def _line(mark: Mark) -> bytes:
+    parts = asdict(mark)
+    return json.dumps({**parts, "crc32c": f"{crc32c(_spelled(parts)):08x}"}).encode() + b"\n"
+
+
+def _spelled(parts: dict[str, Any]) -> bytes:
+    return json.dumps(parts, sort_keys=True).encode()
+
+
+def _parsed(line: bytes) -> Mark | None:
+    """The mark of a line, or None if it is none or was altered. Both its number and its checksum
+    may be absent: then somebody wrote it by hand."""
+    try:
+        parts = json.loads(line)
+        sealed = parts.pop("crc32c", None)
+        mark = Mark(**parts)
+        whole = sealed is None or sealed == f"{crc32c(_spelled(parts)):08x}"
+        texts = isinstance(mark.label, str | None) and all(
+            isinstance(text, str) for text in (mark.id, mark.note, mark.at)
+        )
+        counted = type(mark.revision) is int
+        sound = whole and texts and counted and mark.action in get_args(Action)
+        return mark if sound else None
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return None
 
 
 def _changed(name: str, known: Mark | None) -> ConflictError:
