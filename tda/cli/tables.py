@@ -47,7 +47,7 @@ def faults(path: object, found: Sequence[Fault]) -> Table:
     )
 
 
-def differences(path: Place, found: Sequence[Difference]) -> Table:
+def differences(path: object, found: Sequence[Difference]) -> Table:
     return table(
         f"{path}: {len(found)} numbers are not what the model gives",
         ("example", "checkpoint ", "where", "error ", "allowed "),

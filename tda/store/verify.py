@@ -152,14 +152,15 @@ def _damage(folder: Place, key: str, entry: Entry) -> Damage | None:
 
 def _table_faults(run: Place, name: str, num_checkpoints: int, withdraw: bool) -> Iterator[Fault]:
     check = FolderCheck(run, name, withdraw, redo(name))
-    yield from check.marked()
+    marked = list(check.marked())
+    yield from marked
     try:
         table = Table(run, name)
         table.column("digest")
     except StoreError as error:
         if STATIC not in check.known:
             yield check.fault(STATIC, "missing", "the table is not planned to the end")
-        elif check.stands(STATIC) and str(error.where).startswith(str(check.folder)):
+        elif not marked and str(error.where).startswith(str(check.folder)):
             # Whole, but nothing this program wrote.
             yield check.bad_mark(STATIC, error.what)
         yield from check.others(complete=False)
