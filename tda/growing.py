@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 
 from tda import decisions
+from tda.batch_size import BatchSize
 from tda.curvature.table import curvature_filler, keep_sample
 from tda.data import Examples, as_dataset, describe
 from tda.errors import StoreError
 from tda.featurizer import filler
 from tda.filling import Filling
 from tda.progress import Tick, progress_bar
-from tda.run import BATCH_SIZE, Run
+from tda.run import Run
 from tda.store import Store, Table
 from tda.store.arrays import COLUMNS
 from tda.store.deleted import KEY
@@ -37,7 +38,7 @@ class Relabelled:
 
 
 def relabel(
-    run: Run, dataset: Any, *, batch_size: int = BATCH_SIZE, progress: bool = False
+    run: Run, dataset: Any, *, batch_size: BatchSize = "auto", progress: bool = False
 ) -> Relabelled:
     """The training set with some examples changed – a label, say – in the places they had.
 

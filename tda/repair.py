@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tda.batch_size import BatchSize
 from tda.data import as_dataset, describe
 from tda.errors import StoreError
 from tda.featurizer import filler
 from tda.filling import Filling
 from tda.projection import Projection, bases_to_bytes
-from tda.run import BATCH_SIZE
 from tda.store import Fault, Table
 from tda.store.files import remove_file, write_file
 from tda.store.local import TMP
@@ -43,7 +43,7 @@ def repair(
     dataset: Any,
     queries: Mapping[str, Any] | None = None,
     *,
-    batch_size: int = BATCH_SIZE,
+    batch_size: BatchSize = "auto",
     progress: bool = False,
 ) -> Repair:
     """Find what is damaged or missing, and compute exactly that; needs the run's task.
@@ -105,7 +105,7 @@ def _table(
     run: Run,
     name: str,
     dataset: Any,
-    batch_size: int,
+    batch_size: BatchSize,
     progress: bool,
     computed: list[tuple[str, int, int]],
 ) -> None:
@@ -116,7 +116,7 @@ def _table(
         Filling(run, name, filler, data, batch_size).finish(f"repairing {name}", progress)
 
 
-def _bases(run: Run, dataset: Any, batch_size: int) -> None:
+def _bases(run: Run, dataset: Any, batch_size: BatchSize) -> None:
     """Fitted again, and kept if they are the same. Raises StoreError if they are not."""
     from hashlib import blake2b
 

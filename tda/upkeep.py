@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tda.batch_size import BatchSize
 from tda.data import as_dataset, batches, describe
 from tda.decisions import FILE, Marks
 from tda.errors import DataError
@@ -60,7 +61,7 @@ class Difference:
 
 
 def deep(
-    run: Run, dataset: Any, sample: int = SAMPLE, seed: int = 0, batch_size: int = 64
+    run: Run, dataset: Any, sample: int = SAMPLE, seed: int = 0, batch_size: BatchSize = "auto"
 ) -> list[Difference]:
     """Compute a random sample of the training rows again and compare; needs the run's task.
 
@@ -90,12 +91,13 @@ def deep(
         if not same
     ]
     featurizer = run.featurizer()
+    size = featurizer.batch_size(batch_size, data)
     for checkpoint in range(table.num_checkpoints):
         featurizer.at(checkpoint)
         columns = {name: table.column(name)[checkpoint] for name in ("loss", "p", "grad_norm")}
         collate = featurizer.task.collate
-        for first, batch in batches(some, 0, len(some), batch_size, collate):
-            here = picked[first : first + batch_size]
+        for first, batch in batches(some, 0, len(some), size, collate):
+            here = picked[first : first + size]
             features = featurizer(batch, len(here), train=True)
             rows = table.gather(checkpoint, here).numpy()
             pairs = {"row": (rows, features.rows.numpy())}
