@@ -39,6 +39,7 @@ import torch
 from rich.console import Console
 
 from tda.code import load_code
+from tda.errors import StoreError
 from tda.evaluate import GroundTruth, lds, lds_of_queries, noise_ceiling
 
 HERE = Path(__file__).resolve().parent
@@ -284,7 +285,11 @@ def together(task: str, quick: bool, suite: Path, folder: Path) -> dict[str, Any
     before = kept.read(file)
     if not (truth.folder(task, quick) / "cells").is_dir():
         return before
-    here = results(task, quick, suite)
+    try:
+        here = results(task, quick, suite)
+    except StoreError as error:  # the truth of cells that are there is not finished
+        console.print(f"{task}: {error.what}")
+        return before
     both = kept.joined(before, here)
     if both is None:
         console.print(f"{task}: other retrainings, more of them or more rows, stay on the page")
@@ -303,7 +308,8 @@ def write_page(tasks: Sequence[str], quick: bool, suite: Path = SUITE, root: Pat
     for task in tasks:
         one = together(task, quick, suite, folder / "leaderboard")
         if one is not None:
-            found[task] = {**one, "about": one["about"] + lacking(one)}
+            rows = [{**row, "earlier": cells.is_earlier(row)} for row in one["rows"]]
+            found[task] = {**one, "about": one["about"] + lacking(one), "rows": rows}
     missing = [task for task in tasks if task not in found]
     page.write_text(tables.page(found, missing), encoding="utf-8")
     if quick:

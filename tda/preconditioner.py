@@ -83,7 +83,8 @@ class Spectrum:
     """Eigenvalues σ [r] ≥ 0 and vectors V [k, r] of a curvature over n = ``count`` rows, float64.
 
     ``vectors`` None: the coordinate axes (a diagonal curvature). Directions outside V have the
-    eigenvalue 0. Eigenvalues below ``resolution`` cannot be told from 0.
+    eigenvalue 0. Eigenvalues below ``resolution`` cannot be told from 0. ``inside``: the c
+    coordinates that V [c, c] mixes, where all others are axes; theirs are the last eigenvalues.
     """
 
     eigenvalues: Tensor
@@ -91,6 +92,7 @@ class Spectrum:
     dim: int
     count: int
     resolution: float = 0.0
+    inside: Tensor | None = None
 
     @property
     def trace(self) -> float:
@@ -116,6 +118,10 @@ class Spectrum:
         if self.vectors is None:
             return x * values
         vectors = self.vectors.to(x.dtype)
+        if self.inside is not None:
+            out, core = x * self._on_axes(values), len(self.inside)
+            out[:, self.inside] = (x[:, self.inside] @ vectors * values[:core]) @ vectors.T
+            return out
         inside = x @ vectors
         out = (inside * values) @ vectors.T
         if len(values) < self.dim:
@@ -131,12 +137,34 @@ class Spectrum:
         if self.vectors is None:
             return x.square().double() @ values
         vectors = self.vectors.to(x.dtype)
+        if self.inside is not None:
+            mixed, core = x[:, self.inside] @ vectors, len(self.inside)
+            return (
+                x.square().double() @ self._on_axes(values)
+                + mixed.square().double() @ values[:core]
+            )
         inside = x @ vectors
         out = inside.square().double() @ values
         if len(values) < self.dim:
             rest = x - inside @ vectors.T
             out += self._outside(function, torch.float64) * rest.square().sum(1).double()
         return out
+
+    def _on_axes(self, values: Tensor) -> Tensor:
+        """``values`` of the coordinates that are axes [k], 0 at those inside."""
+        assert self.inside is not None
+        axes = torch.ones(self.dim, dtype=torch.bool)
+        axes[self.inside] = False
+        each = values.new_zeros(self.dim)
+        each[axes] = values[len(self.inside) :]
+        return each
+
+    def with_axes(self, diagonal: Tensor, inside: Tensor) -> Spectrum:
+        """This spectrum on the coordinates ``inside``, and ``diagonal`` [k] on all others."""
+        axes = torch.ones(len(diagonal), dtype=torch.bool)
+        axes[inside] = False
+        eigenvalues = torch.cat([self.eigenvalues, diagonal[axes]])
+        return replace(self, eigenvalues=eigenvalues, dim=len(diagonal), inside=inside)
 
     def _outside(self, function: SpectralFunction, dtype: torch.dtype) -> Tensor:
         return function(self.eigenvalues.new_zeros(1)).to(dtype)
@@ -145,14 +173,18 @@ class Spectrum:
         """For a cache; ``from_arrays`` is the way back."""
         numbers = np.array([self.dim, self.count, self.resolution], np.float64)
         arrays = {"eigenvalues": self.eigenvalues.numpy(), "numbers": numbers}
-        return arrays if self.vectors is None else {**arrays, "vectors": self.vectors.numpy()}
+        parts = {"vectors": self.vectors, "inside": self.inside}
+        return arrays | {n: part.numpy() for n, part in parts.items() if part is not None}
 
     @staticmethod
     def from_arrays(arrays: Mapping[str, np.ndarray]) -> Spectrum:
         dim, count, resolution = arrays["numbers"].tolist()
-        vectors = torch.from_numpy(arrays["vectors"]) if "vectors" in arrays else None
-        eigenvalues = torch.from_numpy(arrays["eigenvalues"])
-        return Spectrum(eigenvalues, vectors, int(dim), int(count), resolution)
+        parts = ("eigenvalues", "vectors", "inside")
+        eigenvalues, vectors, inside = (
+            torch.from_numpy(arrays[name]) if name in arrays else None for name in parts
+        )
+        assert eigenvalues is not None
+        return Spectrum(eigenvalues, vectors, int(dim), int(count), resolution, inside)
 
 
 def nothing(dim: int) -> Spectrum:

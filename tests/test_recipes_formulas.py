@@ -174,7 +174,7 @@ CASES: dict[str, tuple[Recipe, Formula]] = {
     "influence_ekfac": (variant("influence_ekfac", basis="any"), diagonal),
     "influence_gn": (RECIPES["influence_gn"], gauss_newton),
     "shrunk": (
-        variant("influence_shrunk", curvature_rows="link", basis="any"), lambda s: shrunk(s, 0.4)
+        variant("influence_shrunk", curvature_rows="link", basis="any"), lambda s: shrunk(s, 0.5)
     ),
     "query share": (variant("influence", query_share=0.25), lambda s: shared(s, 0.25)),
     "query share .75": (variant("influence", query_share=0.75), lambda s: shared(s, 0.75)),

@@ -9,7 +9,7 @@ import naive
 import numpy as np
 import pytest
 import torch
-from memory_store import make_store
+from memory_store import exact_rows, make_store
 from sklearn.datasets import load_digits
 from torch import nn
 
@@ -17,9 +17,9 @@ import tda
 from tda.errors import RecipeError
 from tda.recipes import RECIPES
 from tda.recipes.auto import choose
-from tda.scorer import prepare, scores
+from tda.scorer import prepare, scores, self_influence
 
-SHRUNK = replace(RECIPES["influence_shrunk"], curvature_rows="link", basis="any")
+SHRUNK = replace(RECIPES["influence_shrunk"], curvature_rows="link", basis="any", core=None)
 
 
 def matrix(store: Any, recipe: tda.Recipe) -> np.ndarray:
@@ -41,6 +41,48 @@ def test_every_share_keeps_the_trace_and_so_the_damping(tmp_path):
         for share in (0.0, 0.3, 0.7)
     }
     assert max(used) - min(used) <= 1e-12 * max(used)
+
+
+@pytest.mark.parametrize("core", [1, 5, 11, 12, 40])
+@pytest.mark.parametrize("num_train", [7, 40], ids=["dual", "primal"])
+def test_beyond_its_core_a_curvature_is_diagonal(core, num_train, tmp_path):
+    """H_jl = 0 for j ≠ l unless both H_jj and H_ll are among the largest of the diagonal."""
+    store = make_store(tmp_path, num_checkpoints=2, num_train=num_train, dim=12)
+    recipe = replace(SHRUNK, shrinkage=0.25, core=core, damping=0.3)
+    queries, train = exact_rows(store, "queries/q"), exact_rows(store)
+    wanted, lengths = 0.0, 0.0
+    for q, t in zip(queries, train, strict=True):
+        H = naive.link_hessian(t)
+        apart = np.argsort(-np.diag(H))[core:]
+        inverse = np.linalg.inv(masked(0.75 * H + 0.25 * np.diag(np.diag(H)), apart, 0.3))
+        wanted = wanted + q.margin @ inverse @ -t.dl.T / num_train / 2
+        lengths = lengths + np.einsum("ij,jk,ik->i", t.margin, inverse, -t.dl) / num_train / 2
+    assert naive.relative_error(matrix(store, recipe), wanted) < 1e-5
+    assert naive.relative_error(self_influence(store, recipe), lengths) < 1e-5
+
+
+def masked(H: np.ndarray, apart: np.ndarray, damping: float) -> np.ndarray:
+    """H with these coordinates alone, and λ = damping · tr(H)/k."""
+    kept = H.copy()
+    kept[apart, :] = kept[:, apart] = 0
+    kept[apart, apart] = H[apart, apart]
+    return kept + damping * np.trace(H) / len(H) * np.eye(len(H))
+
+
+def test_a_curvature_with_a_core_is_kept_and_read_back(tmp_path):
+    store = make_store(tmp_path, num_checkpoints=1, dim=12).mark()
+    recipe = replace(SHRUNK, core=5)
+    first, again = matrix(store, recipe), matrix(store, recipe)
+    np.testing.assert_array_equal(first, again)
+    assert naive.relative_error(matrix(store, replace(recipe, core=12)), first) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "changes", [{"core": 0}, {"core": 5, "blocks": "layer"}, {"core": 5, "shrinkage": 0.0}], ids=str
+)
+def test_a_core_that_means_nothing_is_refused(changes):
+    with pytest.raises(RecipeError, match="core"):
+        replace(SHRUNK, **changes)
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.5, float("nan"), "auto"])
@@ -88,7 +130,7 @@ def test_without_an_eigenbasis_the_choice_is_the_whole_curvature(tmp_path):
 def test_unprojected_shrinkage_is_its_formula(tmp_path):
     """With every coordinate kept, a run and conjugate gradients solve one system."""
     run, train, test = digits_run(tmp_path / "a", projection="eigenbasis", proj_dim=10**6)
-    recipe = replace(RECIPES["influence_shrunk"], shrinkage=1.0, damping=0.5)
+    recipe = replace(RECIPES["influence_shrunk"], shrinkage=1.0, core=None, damping=0.5)
     exact = tda.attribute(run.task, train, test, recipe, progress=False)
     ekfac = replace(RECIPES["influence_ekfac"], query="margin", damping=0.5)
     factored = tda.attribute(run.task, train, test, ekfac, progress=False)

@@ -253,11 +253,13 @@ def _table(work: ModuleType, cell: Cell, path: Path, quick: bool, train: Any, qu
 def _recipe(work: ModuleType, cell: Cell, path: Path, quick: bool, train: Any, queries: Any) -> Any:
     if not cell.needs:
         task = task_of(work, cell, path, quick)
-        scores = tda.attribute(task, train, queries, recipe=recipe_of(cell), progress=False)
-        return scores, {"bytes_per_example": 0}
+        recipe = recipe_of(cell)
+        scores = tda.attribute(task, train, queries, recipe=recipe, progress=False)
+        return scores, {"bytes_per_example": 0, "recipe": recipe.explain()}
     run = tda.open(path / "stores" / cell.needs[0].name)
     recipe = choose(run.store) if cell.method == AUTO else recipe_of(cell)
-    return run.scores("test", recipe=recipe).compute(), {"chosen": recipe.name}
+    about = {"chosen": recipe.name, "recipe": recipe.explain()}
+    return run.scores("test", recipe=recipe).compute(), about
 
 
 def recipe_of(cell: Cell) -> Recipe:
@@ -267,6 +269,14 @@ def recipe_of(cell: Cell) -> Recipe:
     if "damping" in changed:
         changed["damping"] = float(cell.damping)
     return replace(RECIPES[cell.method], **changed)
+
+
+def is_earlier(row: dict[str, Any]) -> bool:
+    """Whether a row is of a recipe that has changed since."""
+    cell = Cell(**row["cell"])
+    if "recipe" not in row or cell.method == AUTO:
+        return bool(row.get("recipe") == "earlier")
+    return bool(row["recipe"] != recipe_of(cell).explain())
 
 
 def damped(cell: Cell) -> str:

@@ -38,13 +38,14 @@ other work too: orders of magnitude, no benchmark. A recipe finds in the store's
 before it decomposed. Peak memory is that of the process. A row "not done in 3 minutes" ran into
 the limit of that call (`--limit`), and is tried again by one with a longer limit.
 
-Damping is automatic unless a number stands there: the training schedule implies it, and it was not
-tuned on these retrainings. The shrinkage 0.4 of `influence_shrunk`, and so `auto` in an eigenbasis,
-was chosen on digits_mlp, penbased and fashion_mlp: their rows show how well it can do, and only the
-other tasks of the suite can show how well it does. *query = margin*: the query's gradient is that
-of its margin and not of its loss, which weighs several checkpoints better; with one model it
-changes nothing. `influence_ekfac (blocks = layer)` at 0.1 is EK-FAC at the damping that kronfluence
-has as a heuristic.
+Damping is automatic unless a number stands there: the training schedule implies it, and EK-FAC
+takes a tenth of the mean eigenvalue (the heuristic of Grosse et al. 2023, which kronfluence has by
+layer). It was not tuned on these retrainings beyond that choice, made on digits_mlp, penbased and
+fashion_mlp; the share ½ of `influence_shrunk`, and so of `auto` in an eigenbasis, was chosen among
+.4, .5, .6 and .8 with diamonds and fashion_cnn beside them. *query = margin*: the query's gradient
+is that of its margin and not of its loss, which weighs several checkpoints better; with one model
+it changes nothing. *earlier*: a row of a recipe that has changed since – there `influence_shrunk`
+had the share .4 and every coordinate in its core, and both it and EK-FAC the schedule's damping.
 
 traker's `trak` is at its default of 2,048 numbers an example, undamped: with fewer training
 examples than that, or not many more, its kernel is singular or nearly so, and its figure is poor
@@ -95,6 +96,7 @@ def _method(row: Row) -> str:
     given = [f"{k} = {cell[k]}" for k in ("query", "blocks") if cell.get(k, "own") != "own"]
     if cell["method"] == "auto" and "chosen" in row:
         given.append(row["chosen"])
+    given += ["earlier"] if row.get("earlier") else []
     return cell["method"] + (f" ({', '.join(given)})" if given else "")
 
 

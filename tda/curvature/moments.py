@@ -202,6 +202,29 @@ class Sums:
 _DTYPES = {True: torch.float64, False: torch.float32}
 
 
+@dataclass(frozen=True)
+class Picked:
+    """The same rows on some of their columns [c]."""
+
+    table: Rows
+    columns: Tensor
+
+    @property
+    def num_rows(self) -> int:
+        return self.table.num_rows
+
+    @property
+    def dim(self) -> int:
+        return len(self.columns)
+
+    @property
+    def chunk_rows(self) -> int:
+        return self.table.chunk_rows
+
+    def rows(self, checkpoint: int, start: int, stop: int) -> Tensor:
+        return self.table.rows(checkpoint, start, stop)[:, self.columns]
+
+
 def gram(table: Rows, checkpoint: int, weights: Tensor) -> Gram | WeightedRows:
     """The whole second moment of a table's rows, weights [n]; in its dual form when n < k."""
     part = Part(table, checkpoint, weights.double())

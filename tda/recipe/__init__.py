@@ -46,6 +46,8 @@ class Recipe:
                        gives them: H = Σ_y p(y)·∇ℓ_iy∇ℓ_iyᵀ.
     blocks             H whole, or layer by layer, each block with its own λ.
     shrinkage          s: what is not on the diagonal of H is multiplied by 1 − s.
+    core               H is whole among this many coordinates of its largest diagonal, and diagonal
+                       on all others; None for all.
     query_share        s: H = s·(mean over the queries) + (1−s)·(mean over the training set).
     function           F(H) = I; (H + λI)⁻¹; mean_i (h_i∇f_i∇f_iᵀ + λI)⁻¹; or training unrolled,
                        F_l = (1 − e^{−τ_l H_l})/H_l · Π_{j>l} e^{−τ_j H_j}, H_l with λ added, for
@@ -80,6 +82,7 @@ class Recipe:
     curvature_rows: CurvatureRows = "loss"
     blocks: Blocks = "whole"
     shrinkage: float = 0.0
+    core: int | None = None
     query_share: float = 0.0
     function: Function = "identity"
     damping: float | Literal["auto"] = "auto"
@@ -163,7 +166,8 @@ class Recipe:
         parts = "diagonal of " if self.curvature == "diagonal" else ""
         each = ", layer by layer" if self.blocks == "layer" else ""
         shrunk = f", off its diagonal × {1 - self.shrinkage:g}" if self.shrinkage else ""
-        return f"H = {parts}{whole}{each}{shrunk}"
+        core = f", among its {self.core:,} largest coordinates" if self.core else ""
+        return f"H = {parts}{whole}{each}{shrunk}{core}"
 
     def _damping(self) -> str:
         if self.damping != "auto":

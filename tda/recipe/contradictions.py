@@ -36,6 +36,11 @@ def wrong_numbers(recipe: Recipe) -> list[tuple[bool, str, str]]:
             "rank is not a count",
             "None for all eigenvalues, or a whole number ≥ 1",
         ),
+        (
+            recipe.core is not None and not _count(recipe.core),
+            "core is not a count",
+            "None for all coordinates, or a whole number ≥ 1",
+        ),
         (not _count(recipe.segments), "segments is not a count", "a whole number ≥ 1"),
         (
             not pairs
@@ -100,6 +105,12 @@ def _of_the_curvature(recipe: Recipe) -> list[tuple[bool, str, str]]:
             recipe.shrinkage != 0 and recipe.curvature != "gram",
             f"shrinkage has no effect on curvature={recipe.curvature!r}",
             "set curvature='gram', or shrinkage=0",
+        ),
+        (
+            recipe.core is not None
+            and (recipe.curvature, recipe.blocks, recipe.shrinkage > 0) != ("gram", "whole", True),
+            "core is what is left of a shrunk curvature that is whole",
+            "set curvature='gram', blocks='whole' and a shrinkage, or core=None",
         ),
         (
             gauss_newton and recipe.query_share != 0,

@@ -151,7 +151,7 @@ class Embedding:
                 parts.append(squares.sqrt() * largest)
             return {"lengths": torch.cat(parts).numpy()}
 
-        choices = (checkpoint, *method, r.rank, r.shrinkage, r.layer_weights, norm)
+        choices = (checkpoint, *method, r.rank, r.shrinkage, r.core, r.layer_weights, norm)
         return torch.from_numpy(self.operators.cache.get("lengths", choices, compute)["lengths"])
 
     def own_products(self) -> Tensor:

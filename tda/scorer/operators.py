@@ -12,9 +12,10 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from tda.cache import Arrays, Cache, fingerprint
-from tda.curvature import Gram, Part, second_moments, squared_norms
+from tda.curvature import Diagonal, Gram, Part, Picked, second_moments, squared_norms
 from tda.preconditioner import (
     Block,
     Operator,
@@ -142,12 +143,13 @@ class Operators:
     def _spectra(self, group: Group, where: str) -> tuple[list[Spectrum], list[float]]:
         """H and λ of every block. One decomposition serves every function and every damping."""
         recipe = self.recipe
-        choices = (group, recipe.curvature, recipe.curvature_rows, recipe.blocks, recipe.shrinkage)
+        which = (group, recipe.curvature, recipe.curvature_rows, recipe.blocks)
+        choices = (*which, recipe.shrinkage, recipe.core, recipe.query_share)
 
         def compute() -> Arrays:
             return _packed(self._decompose(self._parts(group)))
 
-        arrays = self.cache.get("spectrum", (*choices, recipe.query_share), compute)
+        arrays = self.cache.get("spectrum", choices, compute)
         spectra = _unpacked(arrays, len(self.columns))
         return spectra, self._dampings(group, [s.trace for s in spectra], where)
 
@@ -189,13 +191,23 @@ class Operators:
         return found
 
     def _decompose(self, parts: list[tuple[Part, float]]) -> list[Spectrum]:
+        recipe = self.recipe
         count = sum(part.table.num_rows for part, _ in parts)
         terms = [replace(part, weights=part.weights * (share * count)) for part, share in parts]
-        whole, share = self.recipe.curvature == "gram", self.recipe.shrinkage
-        moments = second_moments(terms, self.columns, whole=whole, dual=not share)
+        whole, share, core = recipe.curvature == "gram", recipe.shrinkage, recipe.core
+        inside: Tensor | None = None
+        if core is not None and core < self.train.dim:
+            (moment,) = second_moments(terms, self.columns, whole=False)
+            assert isinstance(moment, Diagonal)
+            axes = moment.mean()
+            inside = axes.topk(core).indices.sort().values
+            terms = [replace(term, table=Picked(term.table, inside)) for term in terms]
+        columns = self.columns if inside is None else [slice(0, len(inside))]
+        moments = second_moments(terms, columns, whole=whole, dual=not share)
         if share:
             moments = [m.shrunk(share) if isinstance(m, Gram) else m for m in moments]
-        return [replace(decompose(m), count=self.train.num_rows) for m in moments]
+        spectra = [replace(decompose(m), count=self.train.num_rows) for m in moments]
+        return spectra if inside is None else [spectra[0].with_axes(axes, inside)]
 
     def _dampings(self, group: Group, traces: list[float], where: str) -> list[float]:
         """λ of every block, in units of its eigenvalues."""

@@ -295,6 +295,11 @@ def _require(recipe: Recipe, task: Task) -> None:
             "set curvature_rows='gauss_newton'",
         ),
         (
+            recipe.core is not None,
+            "core is chosen among coordinates that are stored",
+            "set core=None: conjugate gradients take them all",
+        ),
+        (
             recipe.curvature == "gram"
             and (
                 recipe.blocks != "whole"
