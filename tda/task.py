@@ -19,6 +19,7 @@ from tda.measurements import as_measurement
 from tda.training.optimizer import OptimizerState, read_state
 
 Weights = Mapping[str, Tensor]
+_SHARDED = ("DTensor", "FlatParameter")  # by name: importing them takes a second
 METRICS = ("euclidean", "adam", "second_moment", "adam_update")
 _PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
 
@@ -181,6 +182,15 @@ class Task:
                 "the model is not a torch module",
                 found=type(model).__name__,
                 wanted="an nn.Module",
+            )
+        if any(type(p).__name__ in _SHARDED for p in model.parameters()):
+            raise TaskError(
+                "the model's parameters are spread over processes",
+                found="a model sharded by FSDP",
+                wanted="one whose parameters are whole: each worker holds a model of its own",
+                do="give Task the model as it was before, with the weights gathered by torch's "
+                "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) as "
+                "its checkpoint; or index adapters (LoRA) of a model that fits",
             )
         given = [model.state_dict()] if checkpoints is None else checkpoints
         if isinstance(given, str | Path | Mapping | Checkpoint):

@@ -103,7 +103,7 @@ def _device(number: int) -> str:
 
 def slurm(cluster: Cluster) -> Any:
     """One job a worker, submitted by dask-jobqueue from here."""
-    _require("slurm", cluster.options, ("cores", "memory"))
+    _require("slurm", cluster.options, ("memory",))
     from dask_jobqueue import SLURMCluster
 
     started = SLURMCluster(**slurm_options(cluster))
@@ -112,13 +112,12 @@ def slurm(cluster: Cluster) -> Any:
 
 
 def slurm_options(cluster: Cluster) -> dict[str, Any]:
-    """Arguments of SLURMCluster: those given, and what makes a job leave well.
-
-    ``--signal=B:TERM@30``: half a minute to finish a chunk before the walltime or a preemption.
-    """
+    """Arguments of SLURMCluster: those given, over what suits one piece at a time a job."""
     given = dict(cluster.options)
     exports = [f"export {name}={value}" for name, value in cluster.environment.items()]
     return {
+        "cores": 1,  # pieces at a time: a worker holds one model …
+        "job_cpu": cluster.threads,  # … and PyTorch has these
         "processes": 1,
         "job_name": "tda-worker",
         **given,
@@ -140,6 +139,7 @@ def kubernetes_options(cluster: Cluster) -> dict[str, Any]:
     given = dict(cluster.options)
     return {
         "name": "tda",
+        "worker_command": "dask-worker --nthreads 1",  # one piece at a time
         "n_workers": cluster.workers,
         **given,
         "env": {**cluster.environment, **given.get("env", {})},
