@@ -87,6 +87,12 @@ class Checkpoint:
 
 def _read(path: Path, what: str, do: str) -> Any:
     """The content of a file of tensors. Raises TaskError."""
+    if path.is_dir():
+        raise TaskError(
+            f"{what} is a file, and this is a folder",
+            where=path,
+            do="name the files in it; or if tda.Recorder wrote it, give tda.recorded(folder)",
+        )
     if not path.is_file():
         raise TaskError(
             f"{what} is missing", where=path, do="check the path, or train the model first"

@@ -270,6 +270,8 @@ def test_no_record_and_an_empty_one(tmp_path):
     tda.Recorder(tmp_path, training.model, training.optimizer, 9).leave()
     with pytest.raises(TaskError, match="nothing was kept"):
         tda.recorded(tmp_path)
+    with pytest.raises(TaskError, match=r"give tda\.recorded"):
+        tda.Task(training.model, tmp_path).manifest()
 
 
 def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path):
