@@ -338,7 +338,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--limit", type=float, default=60, help="minutes a cell may take")
     parser.add_argument("--only", choices=STEPS)
     parser.add_argument(
-        "--narrow", action="store_true", help="nothing that decomposes a matrix of 4,096²"
+        "--narrow", action="store_true", help="not the cells of the largest matrices"
     )
     parser.add_argument("--seeds", type=int, help="halves with the first few seeds only")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)

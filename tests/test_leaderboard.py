@@ -170,6 +170,15 @@ def test_the_summary_sets_our_best_against_the_best_peer():
     assert last == "| t | half | 0.950 | 0.400 b | 0.300 kin c | – | – |"
 
 
+def test_our_best_is_held_against_the_best_peer_and_its_defaults():
+    kin = {"kind": "peer", "peer": "kin"}
+    rows = [row("b", 0.4), row("c", 0.32, damping="0.1", **kin)]
+    rows += [row("c", 0.2, damping="0, its default", **kin)]
+    last = tables.ratios({"t": {"ceilings": {"half": 0.9}, "rows": rows}}).splitlines()[-1]
+    assert last == "| t | half | 0.400 | 1.25 × 0.320 kin c | 2.00 × 0.200 kin c |"
+    assert tables.ratios({"t": {"ceilings": {"half": 0.9}, "rows": rows[:1]}}) == ""
+
+
 def test_a_damping_that_was_set_by_hand_is_not_our_best():
     rows = [row("a", 0.2), row("b", 0.9, damping="0.1")]
     assert tables.best(rows, "half", ours=True, several=False) is rows[0]

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 import tda
+from tda.curvature.table import ROWS_PER_DIMENSION
 from tda.errors import TaskError
 from tda.projection import Projection
 from tda.recipe import Recipe
@@ -35,6 +36,7 @@ from tda.task import Task
 
 ITEM = {"bfloat16": 2, "int8": 1}  # bytes of a stored number
 DIM, SMALL_DIM = 4_096, 1_024  # 8 KB and 2 KB an example; a Gram's eigenvectors take dim³
+LARGE_DIM = 16_384  # 32 KB, of which `influence_shrunk` decomposes its core alone
 EACH_DIMS = {"count_sketch": 2_048, "eigenbasis": 1_024}  # of each of several checkpoints
 ON_ONE_MODEL = ("grad_dot", "grad_cos", "influence", "trak", "influence_gn", "auto")
 IN_EIGENBASIS = ("influence_ekfac", "influence_gn", "influence_shrunk")
@@ -111,18 +113,20 @@ CURVE = Cell(kind="recipe", method="influence", part="curve")
 
 
 def of_one_model(wide: bool) -> Iterator[Cell]:
-    """What the table has of one model; wide: those of them that decompose a matrix [DIM, DIM]."""
+    """What the table has of one model; wide: those that hold or decompose the largest matrices."""
     one = partial(Cell, kind="recipe")
     found = []
     for dim in (SMALL_DIM, DIM):
         found += [one(method=m, projection="eigenbasis", dim=dim) for m in IN_EIGENBASIS[::-1]]
+    large = ("influence_ekfac", "influence_shrunk")
+    found += [one(method=m, projection="eigenbasis", dim=LARGE_DIM) for m in large]
     found.append(one(method=AUTO, projection="eigenbasis", dim=DIM))
     found += [one(method=m, projection="count_sketch", dim=DIM) for m in ON_ONE_MODEL]
     found.append(one(method="influence_ekfac"))
     found.append(one(method="influence_ekfac", blocks="layer", damping="0.1"))
     for cell in found:
         is_gram = cell.method == AUTO or RECIPES[cell.method].curvature == "gram"
-        if (is_gram and cell.dim == DIM) == wide:
+        if ((is_gram and cell.dim == DIM) or cell.dim == LARGE_DIM) == wide:
             yield cell
 
 
@@ -243,8 +247,9 @@ def _index(work: ModuleType, cell: Cell, path: Path, quick: bool, train: Any, qu
 def _table(work: ModuleType, cell: Cell, path: Path, quick: bool, train: Any, queries: Any) -> Any:
     store = replace(cell, kind="store")
     run = tda.open(path / "stores" / store.name, task_of(work, cell, path, quick))
+    enough = ROWS_PER_DIMENSION * DIM if cell.dim > DIM else None
     try:
-        run.add_curvature(train)
+        run.add_curvature(train, num_rows=enough)
     except TaskError as error:  # the recipes that ask for it will say so, others need not fail
         return None, {"none": str(error)}
     return None, {}

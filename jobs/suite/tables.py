@@ -16,7 +16,8 @@ HEAD = (
 
 def page(tasks: Mapping[str, Mapping[str, Any]], missing: Iterable[str] = ()) -> str:
     """LEADERBOARD.md. tasks: name → {"about", "ceilings", "rows"}; missing: those not run."""
-    parts = ["# Leaderboard", INTRODUCTION, _not_run(missing), summary(tasks), ahead(tasks)]
+    parts = ["# Leaderboard", INTRODUCTION, _not_run(missing), summary(tasks), ratios(tasks)]
+    parts.append(ahead(tasks))
     for name, task in tasks.items():
         shown = [row for row in task["rows"] if row["cell"]["part"] == "table"]
         parts += [f"## {name}", task["about"], table(shown)]
@@ -175,6 +176,31 @@ def summary(tasks: Mapping[str, Mapping[str, Any]]) -> str:
         shown = "–" if ceiling is None else f"{ceiling:.3f}"
         lines.append((name, protocol, shown, *cells))
     return markdown(lines)
+
+
+def ratios(tasks: Mapping[str, Mapping[str, Any]]) -> str:
+    """Our best with one model over the best peer's, at whatever damping and at its defaults."""
+    head = ("task", "protocol", "one model", "over the best peer", "over the best peer's defaults")
+    lines: list[tuple[str, ...]] = [head]
+    for name, protocol, ((ours, theirs), _) in _contests(tasks):
+        if ours is None or theirs is None:
+            continue
+        plain = best(
+            [row for row in tasks[name]["rows"] if "default" in row["cell"]["damping"]],
+            protocol, ours=False, several=False,
+        )  # fmt: skip
+        shares = [_ratio(ours, of, protocol) for of in (theirs, plain)]
+        lines.append((name, protocol, f"{_value(ours, protocol):.3f}", *shares))
+    if len(lines) == 1:
+        return ""
+    return "What one model's best automatic row is of the peers':\n\n" + markdown(lines)
+
+
+def _ratio(ours: Row, theirs: Row | None, protocol: str) -> str:
+    if theirs is None or _value(theirs, protocol) <= 0:
+        return "–"
+    share = _value(ours, protocol) / _value(theirs, protocol)
+    return f"{share:.2f} × {_short(theirs, protocol)}"
 
 
 def readme(tasks: Mapping[str, Mapping[str, Any]], missing: Iterable[str] = ()) -> str:
