@@ -78,6 +78,18 @@ def test_tiles_do_not_matter(monkeypatch, size):
     torch.testing.assert_close(sketched(sketch, factor), whole, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("size", [2**20, 2000, 90])
+@pytest.mark.parametrize("dim", [DIM, 63])
+def test_runs_rolled_at_once_are_runs_added_one_by_one(monkeypatch, dim, size):
+    """What a GPU computes, computed here: the same sketch from any tile."""
+    factor = outer(30, 200, positions=5)
+    sketch = CountSketch(dim, 4, {"w": (30, 200)})
+    wanted = sketched(sketch, factor)
+    monkeypatch.setattr(tiling, "_TILE_FLOATS", size)
+    monkeypatch.setattr(CountSketch, "add_tile", CountSketch.add_rolled)
+    torch.testing.assert_close(sketched(sketch, factor), wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_a_lookup_is_its_dense_gradient():
     index = torch.randint(0, 50, (4, 7))
     lookup = Lookup(index, torch.randn(4, 7, 9), 50)

@@ -27,6 +27,10 @@ class Outer:
     right: Tensor
 
     @property
+    def device(self) -> torch.device:
+        return self.left.device
+
+    @property
     def num_examples(self) -> int:
         return len(self.left)
 
@@ -93,6 +97,10 @@ class Lookup:
     num_rows: int
 
     @property
+    def device(self) -> torch.device:
+        return self.value.device
+
+    @property
     def num_examples(self) -> int:
         return len(self.index)
 
@@ -130,6 +138,10 @@ class Dense:
     grad: Tensor
 
     @property
+    def device(self) -> torch.device:
+        return self.grad.device
+
+    @property
     def num_examples(self) -> int:
         return len(self.grad)
 
@@ -154,6 +166,10 @@ class Elementwise:
 
     factors: list[Factor]
     function: Callable[[Tensor, int, int], Tensor]
+
+    @property
+    def device(self) -> torch.device:
+        return self.factors[0].device
 
     @property
     def num_examples(self) -> int:

@@ -78,12 +78,6 @@ def _looked_up(factor: Lookup, left: Side, value: Tensor) -> Tensor:
     return out.scatter_add_(1, place[:, :, None].expand_as(value), value)
 
 
-def device_of(factor: Factor) -> torch.device:
-    if isinstance(factor, Outer):
-        return factor.left.device
-    return (factor.index if isinstance(factor, Lookup) else factor.rows(0, 0)).device
-
-
 def example_tiles(factors: Sequence[Factor], floats: int) -> Iterator[tuple[slice, list[Factor]]]:
     """Runs of examples for which ``floats`` numbers each fit the cache, or nearly."""
     step = max(1, _TILE_FLOATS // floats)

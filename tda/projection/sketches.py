@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tda.gradients import Factor, Outer
@@ -110,6 +111,7 @@ class CountSketch:
             name: random_integers(-(-size // dim), dim, seed, name, "shift").tolist()
             for name, size in sizes.items()
         }
+        self._placed: dict[tuple[str, torch.device], tuple[Tensor, Tensor]] = {}
 
     def zeros(self, num_examples: int) -> Tensor:
         # Twice as wide: a shifted run is added without wrapping, and wraps once, at the end.
@@ -131,6 +133,9 @@ class CountSketch:
         return _each_tile(factors, buffer, sketch.add_tile)
 
     def add_tile(self, buffer: Tensor, name: str, tile: Tile) -> None:
+        if buffer.device.type != "cpu":
+            self.add_rolled(buffer, name, tile)
+            return
         size = tile.values.shape[1]
         signs = self.signs[name][tile.start : tile.start + size].to(buffer)
         run, inside = divmod(tile.start, self.dim)
@@ -141,6 +146,26 @@ class CountSketch:
         for shift, (values, sign) in zip(self.shifts[name][run:], parts, strict=False):
             buffer.narrow(1, shift + inside, len(sign)).addcmul_(values, sign)
             inside = 0
+
+    def add_rolled(self, buffer: Tensor, name: str, tile: Tile) -> None:
+        """The same for all runs in a few operations: on a GPU each run would be a launch."""
+        signs, shifts = self._on(buffer.device, name)
+        size = tile.values.shape[1]
+        run, inside = divmod(tile.start, self.dim)
+        num_runs = -(-(inside + size) // self.dim)
+        signed = tile.values * signs[tile.start : tile.start + size]
+        filled = F.pad(signed, (inside, num_runs * self.dim - inside - size))
+        places = torch.arange(self.dim, device=buffer.device)
+        source = (places - shifts[run : run + num_runs, None]) % self.dim
+        rolled = filled.view(len(filled), num_runs, self.dim)
+        buffer[:, : self.dim] += rolled.gather(2, source.expand_as(rolled)).sum(1)
+
+    def _on(self, device: torch.device, name: str) -> tuple[Tensor, Tensor]:
+        """Signs and shifts where the gradients are, taken there once."""
+        if (name, device) not in self._placed:
+            shifts = torch.tensor(self.shifts[name])
+            self._placed[name, device] = self.signs[name].to(device), shifts.to(device)
+        return self._placed[name, device]
 
     def rows(self, buffer: Tensor) -> Tensor:
         rows = buffer[:, : self.dim] + buffer[:, self.dim : 2 * self.dim]

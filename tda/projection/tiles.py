@@ -13,7 +13,8 @@ from torch import Tensor
 from tda.gradients import Dense, Factor, Lookup, Outer
 
 Shapes = Mapping[str, tuple[int, int]]  # each parameter as a matrix [O, I]
-_TILE_FLOATS = 2**20  # one tile of gradients: 4 MiB
+_TILE_FLOATS = 2**20  # one tile of gradients: 4 MiB, in the cache
+_GPU_TILE_FLOATS = 2**26  # there a tile costs launches, and no cache would hold it
 _FEW = 8  # examples of a tile, at least: each costs the overhead of a tile again
 
 
@@ -60,13 +61,17 @@ def few_examples(factors: list[Factor]) -> Iterator[tuple[slice, list[Factor]]]:
     """
     count = factors[0].num_examples
     num_rows, width = factors[0].shape
-    step = max(_FEW, _TILE_FLOATS // (num_rows * width))
+    step = max(_FEW, _tile_floats(factors) // (num_rows * width))
     if step >= count or not any(isinstance(factor, Outer) for factor in factors):
         yield slice(0, count), factors
         return
     for start in range(0, count, step):
         span = slice(start, start + step)
         yield span, [of_examples(factor, span) for factor in factors]
+
+
+def _tile_floats(factors: list[Factor]) -> int:
+    return _TILE_FLOATS if factors[0].device.type == "cpu" else _GPU_TILE_FLOATS
 
 
 def of_examples(factor: Factor, span: slice) -> Factor:
@@ -81,7 +86,7 @@ def of_examples(factor: Factor, span: slice) -> Factor:
 def tiles(factors: list[Factor]) -> Iterator[Tile]:
     """One parameter's gradient in runs of neighbouring coordinates, formed one at a time."""
     num_rows, width = factors[0].shape
-    step = max(1, _TILE_FLOATS // (factors[0].num_examples * width))
+    step = max(1, _tile_floats(factors) // (factors[0].num_examples * width))
     lookups = [f for f in factors if isinstance(f, Lookup)]
     if len(lookups) == len(factors):  # only the rows that were looked up are not zero
         used = torch.unique(torch.cat([f.index.flatten() for f in lookups]))

@@ -23,7 +23,7 @@ from tda.preconditioner import (
     require_curvature,
     require_invertible,
 )
-from tda.projection.eigenbasis import device_of, example_tiles, rotated
+from tda.projection.eigenbasis import example_tiles, rotated
 from tda.projection.tiles import square_norm
 from tda.recipe import Recipe
 from tda.unprojected.conjugate_gradient import solve
@@ -96,7 +96,7 @@ class Factored:
         return {name: blocks[name].apply(self.values[name], x[name]) for name in x}
 
     def squares(self, name: str, factors: list[Factor], step: bool) -> Tensor:
-        block, device = self.curvature.blocks[name], device_of(factors[0])
+        block, device = self.curvature.blocks[name], factors[0].device
         left, right = (None if s is None else s.to(device) for s in (block.left, block.right))
         values = self.values[name].to(device)
         values = values.square() if step else values

@@ -11,7 +11,7 @@ from torch import Tensor
 from tda.curvature import EXACT_FLOPS
 from tda.errors import GradientError
 from tda.gradients import Factor, Lookup, Outer
-from tda.projection.eigenbasis import Side, device_of, example_tiles, onto, rotated
+from tda.projection.eigenbasis import Side, example_tiles, onto, rotated
 from tda.projection.kronecker import oriented
 from tda.projection.sketches import rank_one
 
@@ -237,7 +237,7 @@ def _along(moment: Tensor, basis: Side) -> Tensor:
 def _add_squares(sums: Tensor, block: Block, factors: list[Factor]) -> None:
     """sums += Σ_example (Uᵀ G V)², [O, I] float64."""
     outer, first = rank_one(factors), factors[0]
-    device = device_of(first)
+    device = first.device
     left, right = (None if s is None else s.to(device) for s in (block.left, block.right))
     if outer is not None:
         sides = onto(outer.left[:, 0, 0].float(), left), onto(outer.right[:, 0, 0].float(), right)
