@@ -44,6 +44,9 @@ class MemoryTable:
         self.reads.append(stop - start)
         return torch.from_numpy(self.values[checkpoint, start:stop].astype(np.float32))
 
+    def coded_rows(self, checkpoint: int, start: int, stop: int) -> tuple[Tensor, None]:
+        return self.rows(checkpoint, start, stop), None
+
     def gather(self, checkpoint: int, indices: np.ndarray) -> Tensor:
         return torch.from_numpy(self.values[checkpoint, indices].astype(np.float32))
 

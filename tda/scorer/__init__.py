@@ -8,10 +8,11 @@ multiplied. Results do not depend on chunks beyond float32 rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -47,6 +48,8 @@ __all__ = [
 
 T = TypeVar("T")
 
+DECODED_BYTES = 4 * 2**20  # float32 rows at a time: larger buffers are mapped anew each time
+AHEAD = 4  # tiles
 QUERY_TILE = 1024  # queries multiplied with a tile of rows at a time
 TILE_SCORES = 2**24  # at most in a tile: rows of few dimensions come many at a time
 BLOCK_BYTES = (32 * 2**20, 256 * 2**20)  # of one task of a full score matrix
@@ -147,25 +150,33 @@ def block(prepared: Prepared, start: int, stop: int) -> Tensor:
 
 
 def stream(train: Table, start: int, stop: int) -> Iterator[tuple[int, int, list[Tensor]]]:
-    """(low, high, rows of every checkpoint), reading one tile ahead."""
-    return read_ahead(train, start, stop, train.rows)
+    """(low, high, rows of every checkpoint float32), a few tiles ahead."""
+    return ahead(_decoded(train, start, stop))
 
 
-def read_ahead(
-    train: Table, start: int, stop: int, read: Callable[[int, int, int], T]
-) -> Iterator[tuple[int, int, list[T]]]:
-    """(low, high, ``read(checkpoint, low, high)`` of every checkpoint), one tile ahead."""
+def _decoded(train: Table, start: int, stop: int) -> Iterator[tuple[int, int, list[Tensor]]]:
+    size = max(1, DECODED_BYTES // (4 * train.dim))
+    for low, high in row_ranges(train, start, stop):
+        parts = [train.coded_rows(c, low, high) for c in range(train.num_checkpoints)]
+        for first in range(low, high, size):
+            last = min(first + size, high)
+            cut = slice(first - low, last - low)
+            yield first, last, [decoded(x[cut], f if f is None else f[cut]) for x, f in parts]
 
-    def all_of(span: tuple[int, int]) -> list[T]:
-        return [read(c, *span) for c in range(train.num_checkpoints)]
 
-    spans = list(row_ranges(train, start, stop))
-    with ThreadPoolExecutor(max_workers=1) as reader:
-        coming = [reader.submit(all_of, span) for span in spans[:1]]
-        for i, (low, high) in enumerate(spans):
-            rows = coming.pop().result()
-            coming += [reader.submit(all_of, span) for span in spans[i + 1 : i + 2]]
-            yield low, high, rows
+def decoded(rows: Tensor, factor: Tensor | None) -> Tensor:
+    """Stored rows [r, k] as float32."""
+    return rows.float() if factor is None else rows.float().mul_(factor[:, None])
+
+
+def ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same, made in a thread while earlier ones are used."""
+    done = object()
+    with ThreadPoolExecutor(max_workers=1) as maker:
+        coming = deque(maker.submit(next, items, done) for _ in range(AHEAD))
+        while (item := coming.popleft().result()) is not done:
+            coming.append(maker.submit(next, items, done))
+            yield cast(T, item)
 
 
 def _query_tiles(prepared: Prepared, num_rows: int) -> Iterator[tuple[int, Prepared]]:

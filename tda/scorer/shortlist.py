@@ -12,14 +12,14 @@ answer – and scored again as the plain path does. So the answer is that of the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tda.scorer import Prepared, read_ahead, refuse_not_finite
+from tda.curvature import row_ranges
+from tda.scorer import Prepared, ahead, refuse_not_finite
 from tda.scorer.pairs import greatest, pair_scores
 from tda.scorer.ranking import Heaps, TopK, ranked
 
@@ -56,11 +56,8 @@ def top_k(prepared: Prepared, k: int) -> TopK:
     from tda.scorer import plain_top_k
 
     rounded, kept = Rounded.of(prepared.queries), Shortlist(prepared.num_queries, k)
-    train = prepared.train
-    for low, _, parts in read_ahead(train, 0, train.num_rows, partial(_coded, train)):
-        for place in range(0, len(parts[0].rows), ROW_TILE):
-            tile = [part.cut(place, place + ROW_TILE) for part in parts]
-            _add_tile(kept, rounded, tile, prepared.row_weights, low + place)
+    for low, tile in ahead(_coded(prepared.train)):
+        _add_tile(kept, rounded, tile, prepared.row_weights, low)
     queries, rows = kept.finish()
     scores = pair_scores(prepared, queries, rows)
     sides = [
@@ -109,15 +106,17 @@ class Coded(NamedTuple):
     factor: Tensor | None
     lengths: Tensor
 
-    def cut(self, start: int, stop: int) -> Coded:
-        factor = None if self.factor is None else self.factor[start:stop]
-        return Coded(self.rows[start:stop], factor, self.lengths[start:stop])
 
-
-def _coded(train: Table, checkpoint: int, start: int, stop: int) -> Coded:
-    rows, factor = train.coded_rows(checkpoint, start, stop)
-    lengths = [torch.linalg.vector_norm(part.float(), dim=1) for part in rows.split(ROW_TILE)]
-    return Coded(rows, factor, torch.cat(lengths))
+def _coded(train: Table) -> Iterator[tuple[int, list[Coded]]]:
+    for low, high in row_ranges(train):
+        parts = [train.coded_rows(c, low, high) for c in range(train.num_checkpoints)]
+        for start in range(0, high - low, ROW_TILE):
+            cut, tile = slice(start, start + ROW_TILE), []
+            for stored, factor in parts:
+                rows = stored[cut].bfloat16()
+                lengths = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
+                tile.append(Coded(rows, factor if factor is None else factor[cut], lengths))
+            yield low + start, tile
 
 
 def _add_tile(

@@ -271,28 +271,22 @@ class Table:
         return self._read("rows", checkpoint, start, stop)
 
     def coded_rows(self, checkpoint: int, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
-        """(rows ``[stop - start, proj]`` bfloat16, factor ``[stop - start]``), which multiply to
-        ``rows(…)``: without its cost where they lie in one chunk. Raises StoreError.
+        """(rows ``[stop - start, proj]`` as stored: float32, bfloat16 or int8, factor
+        ``[stop - start]`` of int8), which multiply to ``rows(…)``. Raises StoreError.
 
-        Not of a table in float32.
+        Views of the file where they lie in one chunk: decoded a few at a time, they stay in caches.
         """
-        assert self.dtype != "float32"
-        found = [
-            self._coded(checkpoint, chunk, slice(first - offset, last - offset))
-            for chunk, first, last in self._pieces(start, stop)
-            for offset in [chunk * self.chunk_rows]
-        ]
-        rows = [part for part, _ in found]
-        factors = [factor for _, factor in found if factor is not None]
-        whole = rows[0] if len(rows) == 1 else torch.cat(rows)
-        return whole, torch.cat(factors) if factors else None
-
-    def _coded(self, checkpoint: int, chunk: int, pick: slice) -> tuple[Tensor, Tensor | None]:
-        stored = torch.from_numpy(self._chunk(self.specs["rows"], checkpoint, chunk)[pick])
-        if self.dtype == "bfloat16":
-            return stored.view(torch.bfloat16), None
-        scale = self._chunk(self.specs["scale"], checkpoint, chunk)[pick]
-        return stored.to(torch.bfloat16), torch.from_numpy(scale)
+        specs = [self.specs["rows"], *([self.specs["scale"]] if "scale" in self.specs else [])]
+        parts = []
+        for spec in specs:
+            found = [
+                torch.from_numpy(self._chunk(spec, checkpoint, chunk))[first - low : last - low]
+                for chunk, first, last in self._pieces(start, stop)
+                for low in [chunk * self.chunk_rows]
+            ]
+            parts.append(found[0] if len(found) == 1 else torch.cat(found))
+        rows = parts[0].view(torch.bfloat16) if self.dtype == "bfloat16" else parts[0]
+        return rows, parts[1] if len(parts) > 1 else None
 
     def embedding(self, checkpoint: int, start: int, stop: int) -> Tensor:
         """Float32 last hidden layer ``[stop - start, hidden]``. Raises StoreError if not stored."""
