@@ -48,9 +48,8 @@ class Findings:
 
     values: with one slice, in sums over queries. stability: Spearman of the values of every pair of
     replicates. projection: share of the spread of values that is not the projection's noise.
-    knn: KNN-Shapley values [train], for num_knn_queries. recall: see `tda.valuation.Neighbours`.
-    damping: λ as used at each checkpoint. truths: finished ground
-    truths of this query set, by name.
+    knn: KNN-Shapley values [train], for num_knn_queries. damping: λ as used at each checkpoint.
+    truths: finished ground truths of this query set, by name.
     """
 
     values: valuation.Values | None = None
@@ -62,7 +61,6 @@ class Findings:
     projection: float | None = None
     knn: np.ndarray | None = None
     num_knn_queries: int = 0
-    recall: float = 1.0
     damping: tuple[float, ...] = ()
     checked: tuple[Checked, ...] = ()
     truths: tuple[tuple[str, GroundTruth], ...] = ()
@@ -97,6 +95,12 @@ def find(
         outliers = valuation.outliers(near, None if labels.dtype.kind == "f" else labels)
     elif near is not None:
         notes.append("No search for wrong labels: the run holds no labels.")
+    if near is not None and near.recall < 1:
+        notes.append(
+            "Among so many examples the nearest were searched approximately: "
+            f"{near.recall:.0%} of the true ones were found, measured on some. Wrong labels, "
+            "outliers, near-copies and near-leaks rest on that; equal content is always found."
+        )
     truths, checked = _ground_truths(run, query_name, recipe, notes)
     return Findings(
         values=values,
@@ -112,7 +116,6 @@ def find(
         if with_knn and labels is not None and labels.dtype.kind != "f" and train.hidden
         else None,
         num_knn_queries=len(knn_queries(train.num_rows, queries.num_rows)),
-        recall=1.0 if near is None else near.recall,
         damping=tuple(
             tried("Damping", lambda: scorer.damping_used(run.store, recipe, queries)) or ()
         ),

@@ -192,8 +192,9 @@ def _projection(found: Findings) -> Check:
     return Check(
         "projection",
         name,
-        "1 − (squared error)/(squared value), by parts of the projection's dimensions, of plain "
-        "inner products of gradients; a preconditioner can raise or lower it",
+        "1 − (squared error)/(squared value), over 10,000 examples at most, by parts of the "
+        "projection's dimensions, of plain inner products of gradients; a preconditioner can raise "
+        "or lower it",
         found.projection,
         passed=found.projection >= SHARP,
     )
