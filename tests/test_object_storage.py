@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import stored
+import torch
 from object_storage import SECRETS, Server, Wire
 
 from tda.decisions import Marks
@@ -209,6 +210,28 @@ def test_copies_are_bounded_and_a_damaged_one_is_fetched_again(far, tmp_path, mo
         far.table("train").rows(checkpoint, 0, stored.N)
     sizes = [path.stat().st_size for path in (tmp_path / "kept").rglob("*") if path.is_file()]
     assert sum(sizes) < 3000
+
+
+def test_an_append_puts_only_what_is_new(url):
+    store = Store.create(as_place(url), stored.MANIFEST)
+    store.plan("train", stored.examples(60), stored.H)
+    documents = len([key for key in list_files(as_place(url) / "train") if "zarr.json" in key])
+    before = Counter(traffic)
+    store.plan("train", stored.examples(64), stored.H)
+    columns = 6  # id, digest, label, source, text, image: a chunk of four rows each
+    assert asked(before)["PUT"] == columns + documents + 2  # the mark and the manifest
+
+
+def test_who_reads_on_finds_the_next_chunks_here(url, tmp_path):
+    store = Store.create(as_place(url), stored.MANIFEST)
+    stored.fill(store.plan("train", stored.examples(60), stored.H))
+    forget(tmp_path)
+    table = store.table("train")
+    before = Counter(traffic)
+    whole = torch.cat([table.rows(0, start, start + 4) for start in range(0, 60, 4)])
+    # Each chunk once; the marks of both checkpoints, and the digests they are compared with.
+    assert asked(before)["GET"] == 15 + 2 * 15 + 15
+    assert torch.equal(whole, table.rows(0, 0, 60))
 
 
 # ---- faults

@@ -7,7 +7,9 @@ changed; in between, its bytes come straight from the mapped file.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from tda.store.files import Place, Remote, Stat, map_file, stat_file
 from tda.store.marks import Damage, Entry, damage
 
 _SETTLED = 2_000_000_000  # ns; a file changed more recently may change again under the same time
+AHEAD = 4  # chunks of a remote table that come while one is used
 _FEW = 4  # rows are read alone if all they need is less than the chunk by this factor
 
 
@@ -26,6 +29,7 @@ class Chunks:
     def __init__(self, folder: Place) -> None:
         self._folder = folder
         self._checked: dict[str, Stat] = {}
+        self._coming: dict[str, Future[bool]] = {}
 
     def whole(self, key: str, entry: Callable[[], Entry]) -> np.ndarray | Damage:
         """All bytes of a file that is what its mark says; or what is wrong with it.
@@ -37,6 +41,9 @@ class Chunks:
             return self._view(place, key, entry)
         wanted = entry()
         copy = _copy(place, wanted)
+        coming = self._coming.pop(key, None)
+        if coming is not None:
+            wait([coming])
         found = self._view(copy, key, entry)
         if not isinstance(found, str):
             kept.used(copy)
@@ -48,6 +55,16 @@ class Chunks:
         if isinstance(found, str):
             kept.forget(copy)
         return found
+
+    def ahead(self, wanted: Iterable[tuple[str, Entry]]) -> None:
+        """Begin to download what will be asked for next. What fails is asked for again then."""
+        if isinstance(self._folder, Path):
+            return
+        for key, entry in wanted:
+            place = self._folder / key
+            copy = _copy(place, entry)
+            if key not in self._coming and not copy.exists():
+                self._coming[key] = _pool().submit(kept.fetch, place, copy)
 
     def rows(
         self, key: str, entry: Callable[[], Entry], picked: np.ndarray, row_bytes: int
@@ -82,6 +99,11 @@ class Chunks:
             if time.time_ns() - stat.changed_ns > _SETTLED:
                 self._checked[key] = stat
         return data
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(AHEAD, "tda-ahead")
 
 
 def _copy(place: Remote, entry: Entry) -> Path:

@@ -84,27 +84,40 @@ def read_mark(place: Place) -> Mark | None:
     return None if data is None else Mark.parse(data)
 
 
-def write_chunks(folder: Place, chunks: Iterable[tuple[str, np.ndarray]]) -> dict[str, Entry]:
-    """Write the chunk files that are not there already: each a chunk, then its crc32c."""
-    return _write(folder, ((key, c.reshape(-1).view(np.uint8), TRAILER) for key, c in chunks))
+def write_chunks(
+    folder: Place,
+    chunks: Iterable[tuple[str, np.ndarray]],
+    known: Mapping[str, Entry] | None = None,
+) -> dict[str, Entry]:
+    """Write the chunk files that are not there already: each a chunk, then its crc32c.
+
+    known: remote files that are there, as a mark has them; those of a folder are looked at.
+    """
+    files = ((key, c.reshape(-1).view(np.uint8), TRAILER) for key, c in chunks)
+    return _write(folder, files, known or {})
 
 
 def write_documents(folder: Place, documents: Mapping[str, bytes]) -> dict[str, Entry]:
     """Write the metadata documents that are not there already."""
     texts = ((key, np.frombuffer(text, np.uint8), 0) for key, text in documents.items())
-    return _write(folder, texts)
+    return _write(folder, texts, {})
 
 
-def _write(folder: Place, files: Iterable[tuple[str, np.ndarray, int]]) -> dict[str, Entry]:
+def _write(
+    folder: Place, files: Iterable[tuple[str, np.ndarray, int]], known: Mapping[str, Entry]
+) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
 
     def wanted() -> Iterator[tuple[str, Parts | None]]:
         for key, data, trailer in files:
             entry = Entry(len(data) + trailer, crc32c(data))
             entries[key] = entry
-            # An object is put again at once: to look at it first would cost as much.
-            here = None if isinstance(folder, Remote) else map_file(folder / key)
-            if damage(key, here, entry) is None:
+            # To look at an object first would cost as much as to put it again.
+            if isinstance(folder, Remote):
+                there = known.get(key) == entry
+            else:
+                there = damage(key, map_file(folder / key), entry) is None
+            if there:
                 yield key, None
             else:
                 yield key, (data.data, entry.crc32c.to_bytes(TRAILER, "little")[:trailer])

@@ -16,7 +16,7 @@ from tda.data import Examples
 from tda.errors import DataError, MismatchError, StoreError
 from tda.store.arrays import COLUMNS, ArraySpec, group_document, layout
 from tda.store.encoding import check_dtype, encode_column
-from tda.store.files import Place, list_files, remove_file
+from tda.store.files import Place, Remote, list_files, remove_file
 from tda.store.manifest import CURVATURE, QUERIES, TRAIN, read_manifest
 from tda.store.marks import (
     STATIC,
@@ -82,7 +82,7 @@ def plan_table(
     )
     if not changed and stored is not None and stored.specs == specs and _has_files(stored):
         return stored
-    return _settle(run, name, specs, static, examples)
+    return _settle(run, name, specs, static, examples, {} if stored is None else _there(stored))
 
 
 def grow_checkpoints(table: Table, num_checkpoints: int) -> None:
@@ -132,6 +132,15 @@ def _stored(run: Place, name: str) -> Table | None:
 
 def _has_files(table: Table) -> bool:
     return have_sizes(list_files(table.folder), table.static.files)
+
+
+def _there(stored: Table) -> dict[str, Entry]:
+    """The remote files of the static columns that have their size."""
+    if not isinstance(stored.folder, Remote):
+        return {}
+    listed = list_files(stored.folder)
+    files = stored.static.files
+    return {key: entry for key, entry in files.items() if have_sizes(listed, {key: entry})}
 
 
 def _require_same(stored: Table, examples: Examples, hidden: int | None) -> None:
@@ -224,11 +233,16 @@ def _mismatch(table: Table | Place, found: str, wanted: str) -> MismatchError:
 
 
 def _settle(
-    run: Place, name: str, specs: dict[str, ArraySpec], static: Static, examples: Examples
+    run: Place,
+    name: str,
+    specs: dict[str, ArraySpec],
+    static: Static,
+    examples: Examples,
+    known: Mapping[str, Entry],
 ) -> Table:
     folder = run / name
     remove_mark(folder, STATIC)
-    files = write_chunks(folder, _static_chunks(specs, static))
+    files = write_chunks(folder, _static_chunks(specs, static), known)
     files.update(_write_documents(folder, specs))
     _sweep(folder, specs, files)
     write_mark(folder, STATIC, Mark((0, len(examples)), examples.digest(), files))

@@ -240,8 +240,10 @@ def remove(place: Remote) -> None:
 
 
 def remove_tree(folder: Remote) -> None:
-    for key, _ in walk(folder):
-        remove(folder / key)
+    keys = [(folder / key).key for key, _ in walk(folder)]
+    for start in range(0, len(keys), _PAGE):
+        some = keys[start : start + _PAGE]
+        _ask(folder, "DELETE", lambda some=some: _obstore().delete(_client(folder), some))  # type: ignore[misc]
 
 
 def _obstore() -> Any:

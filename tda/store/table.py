@@ -14,7 +14,7 @@ from torch import Tensor
 from tda.errors import StoreError
 from tda.store.arrays import ArraySpec
 from tda.store.bounds import table_fault
-from tda.store.chunks import Chunks
+from tda.store.chunks import AHEAD, Chunks
 from tda.store.encoding import decode_rows, decode_strings
 from tda.store.files import (
     TRAILER,
@@ -366,10 +366,23 @@ class Table:
             raise IndexError(f"examples {start}:{stop} of {self.num_rows}")
         out = torch.empty((stop - start, self.specs[name].shape[2]))
         for chunk, first, last in self._pieces(start, stop):
+            self._look_ahead(name, checkpoint, chunk)
             offset = chunk * self.chunk_rows
             local = slice(first - offset, last - offset)
             self._decode(name, checkpoint, chunk, local, out[first - start : last - start])
         return out
+
+    def _look_ahead(self, name: str, checkpoint: int, chunk: int) -> None:
+        """Who reads a chunk of rows reads on: those of a remote table are fetched meanwhile."""
+        if self._is_remote:
+            places = [(checkpoint, i) for i in range(chunk, self.num_chunks)][: AHEAD + 1]
+            keys = [self.specs[name].key(*place) for place in places]
+            known = self._marks_at_first
+            self._chunks.ahead(
+                (key, known[place].files[key])
+                for key, place in zip(keys, places, strict=True)
+                if place in known
+            )
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         while start < stop:
