@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import asyncio
 import signal
 import threading
 import time
-from contextlib import suppress
 from typing import Any, cast
 
 import dask
 import torch
-from distributed import Status, Worker, WorkerPlugin, get_worker
+from distributed import Worker, WorkerPlugin, get_worker
 
 from tda.cluster.delivery import unpack
 from tda.store.files import write_apart
 
 TELL = 0.5  # seconds between two words about a piece
-_GRACE = 25.0  # seconds for the piece at hand once SIGTERM came
 
 _ONE_AT_A_TIME = threading.Lock()  # a worker with several threads has one model all the same
 
 
 class Settling(WorkerPlugin):
-    """One thread a worker unless told otherwise, and manners at the end.
+    """One thread a worker unless told otherwise; Ctrl-C is the client's to answer.
 
-    Ctrl-C is the client's to answer. At SIGTERM a worker takes no more pieces, finishes the one at
-    hand and closes.
+    A worker that is terminated is as one that was killed: its piece goes to another.
     """
 
     name = "tda-settling"
@@ -40,18 +36,6 @@ class Settling(WorkerPlugin):
         write_apart()
         if threading.current_thread() is threading.main_thread() and worker.nanny is not None:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-            signal.signal(signal.SIGTERM, self._leave)
-
-    def _leave(self, *about: Any) -> None:
-        self.worker.loop.add_callback_from_signal(self._finish)
-
-    async def _finish(self) -> None:
-        worker, deadline = self.worker, time.monotonic() + _GRACE
-        worker.status = Status.paused
-        while worker.state.executing and time.monotonic() < deadline:
-            await asyncio.sleep(0.05)
-        with suppress(OSError):  # of a scheduler that is gone already
-            await worker.close_gracefully(restart=False, reason="SIGTERM")
 
 
 class Delivery(WorkerPlugin):
