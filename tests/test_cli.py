@@ -352,3 +352,12 @@ def test_an_error_keeps_its_parts(config, monkeypatch):
     monkeypatch.setattr(tda, "index", fails)
     told = ran("index", config, code=1).stderr
     assert told == "error: torn\n  where:  [train/rows]\n  do:     tda index\n"
+
+
+@pytest.mark.parametrize(
+    "command", [["repair"], ["relabel"], ["verify", "--deep"]], ids=lambda c: c[0]
+)
+def test_what_needs_the_model_says_so_where_a_run_is_named(command, run):
+    said = ran(command[0], run, *command[1:], code=1)
+    assert isinstance(said.exception, SystemExit)
+    assert "needs the model and the data" in said.output

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tda.cli import ConfigFile, Overrides, Target, app
-from tda.errors import ConfigError, DataError
+from tda.errors import DataError
 
 if TYPE_CHECKING:
     from tda.run import Run
@@ -49,9 +49,7 @@ def verify(
     if not deep:
         return
     opened = open_workload(target, set_ or ())
-    if opened.config is None:
-        raise ConfigError("--deep needs the model and the data", do="name the configuration")
-    found = upkeep.deep(opened.run, train_of(opened.config), sample, seed)
+    found = upkeep.deep(opened.run, train_of(opened.configuration("--deep")), sample, seed)
     train = opened.run.store.stored("train")
     count = min(sample, train.num_rows)
     if found:
@@ -78,9 +76,9 @@ def repair(config: ConfigFile, set_: Overrides = None) -> None:
     from tda.cli.workload import open_workload, queries_of, train_of
 
     opened = open_workload(str(config), set_ or ())
-    assert opened.config is not None
-    queries = {name: queries_of(opened.config, name) for name in opened.config.workload.queries}
-    done = repairing.repair(opened.run, train_of(opened.config), queries, progress=True)
+    given = opened.configuration("repair")
+    queries = {name: queries_of(given, name) for name in given.workload.queries}
+    done = repairing.repair(opened.run, train_of(given), queries, progress=True)
     path = opened.run.path
     if not done.before:
         typer.echo(f"{path}: no faults")
@@ -129,8 +127,8 @@ def relabel(config: ConfigFile, set_: Overrides = None) -> None:
     from tda.cli.workload import open_workload, train_of
 
     opened = open_workload(str(config), set_ or ())
-    assert opened.config is not None
-    done = growing.relabel(opened.run, train_of(opened.config), progress=True)
+    data = train_of(opened.configuration("relabel"))
+    done = growing.relabel(opened.run, data, progress=True)
     named = ", ".join(done.ids[:10].tolist()) + (" …" if len(done.ids) > 10 else "")
     typer.echo(f"{opened.run.path}: {len(done.ids)} examples changed {named}".rstrip())
     typer.echo(f"{len(done.computed)} chunks computed again")

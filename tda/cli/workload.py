@@ -46,6 +46,16 @@ class Opened:
     def valuation(self) -> ValueSection:
         return self.config.value if self.config else ValueSection()
 
+    def configuration(self, what: str) -> Config:
+        """Of the model and data that ``what`` needs. Raises ConfigError where a run was named."""
+        if self.config is None:
+            raise ConfigError(
+                f"{what} needs the model and the data",
+                found=f"the run {self.run.path}",
+                do="name the configuration it was made by: a TOML file, see configs/",
+            )
+        return self.config
+
     def recipe(self, name: str | None) -> Recipe:
         """The recipe that is meant; says on the error stream which one "auto" is, and why."""
         asked = name or self.defaults.recipe
