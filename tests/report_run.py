@@ -72,6 +72,7 @@ class FakeRows:
     matrix: np.ndarray
     num_checkpoints = 1
     chunk_rows = 64
+    dtype = "float32"
 
     @property
     def num_rows(self) -> int:
@@ -83,6 +84,9 @@ class FakeRows:
 
     def rows(self, checkpoint: int, start: int, stop: int) -> torch.Tensor:
         return torch.from_numpy(self.matrix[:, start:stop].T.copy())
+
+    def coded_rows(self, checkpoint: int, start: int, stop: int) -> tuple[torch.Tensor, None]:
+        return self.rows(checkpoint, start, stop), None
 
     def gather(self, checkpoint: int, indices: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(self.matrix[:, indices].T.copy())
