@@ -21,6 +21,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,25 +80,56 @@ def make_run(path: Path) -> tda.Task:
     return task
 
 
-def answers(path: Path, task: tda.Task) -> dict[str, Any]:
-    """Every kind of answer there is, as bytes."""
-    run = tda.open(path, task)
-    run.featurizer()  # reads the bases
-    top = run.top_k("q", k=3, recipe="influence_gn")
-    truth = tda.evaluate.GroundTruth.open(path / "evaluate" / "half")
-    found = {
-        "ids": "\1".join(run.ids),
-        "queries": run.queries,
-        "top": (top.proponents.ids.tolist(), top.opponents.scores.tobytes()),
-        "self": run.self_influence("grad_dot").tobytes(),
-        "near": run.baseline_top_k("q", 2).proponents.ids.tolist(),
-        "truth": (truth.masks.tobytes(), truth.outputs.tobytes()),
-        "marks": [(m.id, m.action, m.label, m.note) for m in Marks(path).all().values()],
-    }
+Answer = Callable[[tda.Run], Any]
+
+
+def _columns(run: tda.Run) -> Any:
     table = run.store.table("train")
-    for name in table.columns():
-        found[name] = table.column(name).tobytes()
-    return found
+    return [(name, table.column(name).tobytes()) for name in table.columns()]
+
+
+def _top(run: tda.Run) -> Any:
+    top = run.top_k("q", k=3, recipe="influence_gn")
+    return top.proponents.ids.tolist(), top.opponents.scores.tobytes()
+
+
+def _truth(run: tda.Run) -> Any:
+    truth = tda.evaluate.GroundTruth.open(run.path / "evaluate" / "half")
+    return truth.masks.tobytes(), truth.outputs.tobytes()
+
+
+def _decided(run: tda.Run) -> Any:
+    return [(m.id, m.action, m.label, m.note) for m in Marks(run.path).all().values()]
+
+
+def _bases(run: tda.Run) -> Any:
+    projector = run.featurizer().projector
+    return None if projector is None else list(projector.layers)
+
+
+ANSWERS: dict[str, tuple[Answer, tuple[str, ...]]] = {  # with the files it is made of
+    "top": (_top, ("train/", "curvature/", "queries/", "manifest.json")),
+    "columns": (_columns, ("train/", "manifest.json")),
+    "self": (lambda run: run.self_influence("grad_dot").tobytes(), ("train/", "manifest.json")),
+    "near": (lambda run: run.baseline_top_k("q", 2).proponents.ids.tolist(), ("queries/",)),
+    "truth": (_truth, ("evaluate/",)),
+    "marks": (_decided, ("actions/",)),
+    "bases": (_bases, ("projection.npz", "manifest.json")),
+}
+
+
+def answers(path: Path, task: tda.Task, which: set[str]) -> dict[str, Any]:
+    """These kinds of answer."""
+    run = tda.open(path, task)
+    found = {name: ask(run) for name, (ask, _) in ANSWERS.items() if name in which}
+    return {"ids": run.ids.tolist(), "queries": run.queries, **found}
+
+
+def concerned(keys: set[str], chance: random.Random) -> set[str]:
+    """The answers that are made of some of these files, and one other."""
+    made = {n for n, (_, files) in ANSWERS.items() if any(k.startswith(files) for k in keys)}
+    picked = chance.sample(sorted(made), min(2, len(made)))
+    return {*picked, chance.choice(list(ANSWERS))}
 
 
 @dataclass
@@ -121,7 +153,7 @@ class Sound:
             for file in sorted(path.rglob("*"))
             if file.is_file()
         }
-        return Sound(path, task, files, answers(path, task), outside)
+        return Sound(path, task, files, answers(path, task, set(ANSWERS)), outside)
 
     def put_right(self, keys: set[str]) -> None:
         for key in sorted(keys):  # a folder before what is in it
@@ -196,9 +228,9 @@ def _absurd(value: Any, chance: random.Random) -> str:
         inner = list(value) if isinstance(value, dict) else list(range(len(value)))
         if not inner:
             if isinstance(value, list):
-                value.append(chance.choice(POOL))
+                value.append(deepcopy(chance.choice(POOL)))
             else:
-                value["new"] = chance.choice(POOL)
+                value["new"] = deepcopy(chance.choice(POOL))
             return f"{'.'.join(path)} filled"
         pick = chance.choice(inner)
         path.append(str(pick))
@@ -217,7 +249,7 @@ def _absurd(value: Any, chance: random.Random) -> str:
             at = chance.randrange(len(value[pick]))
             value[pick] = value[pick][:at] + chance.choice("0a9/. -") + value[pick][at + 1 :]
         else:
-            value[pick] = chance.choice(POOL)
+            value[pick] = deepcopy(chance.choice(POOL))
         return f"{'.'.join(path)} way {way}"
 
 
@@ -345,7 +377,7 @@ def decision(sound: Sound, chance: random.Random) -> Input:
         lines[0], lines[-1] = lines[-1], lines[0]
     else:
         value = json.loads(lines[at])
-        value[chance.choice(list(value))] = chance.choice(POOL)
+        value[chance.choice(list(value))] = deepcopy(chance.choice(POOL))
         lines[at] = json.dumps(value).encode() + b"\n"
     data = b"".join(lines)
     return Input(
@@ -377,14 +409,15 @@ class Outcome:
             self.failures.append(f"{given.kind}: {given.what[:200]}: {verdict} {detail[:2000]}")
 
 
-def judge(sound: Sound, given: Input, outcome: Outcome) -> None:
+def judge(sound: Sound, given: Input, outcome: Outcome, chance: random.Random) -> None:
     given.write()
     verdict, detail = "harmless", ""
     try:
         with _bounded():
             faults = _verify(sound.path)
-            found = answers(sound.path, sound.task)
-            wrong = {name for name in sound.answers if found.get(name) != sound.answers[name]}
+            asked = concerned(given.keys, chance)
+            found = answers(sound.path, sound.task, asked)
+            wrong = {name for name in found if found[name] != sound.answers[name]}
             if wrong == {"marks"} and faults:
                 verdict = "detected"  # the end of this file was cut off, and verify says so
             elif wrong:
@@ -461,6 +494,6 @@ def campaign(folder: Path, count: int, seed: int = 0, kinds: Any = None) -> Outc
     for i in range(count):
         chance = random.Random(f"{seed}/{i}")
         (way,) = chance.choices(list(ways), list(ways.values()))
-        judge(sound, way(sound, chance), outcome)
+        judge(sound, way(sound, chance), outcome, chance)
     outcome.counts["all", "seconds"] = round(time.perf_counter() - started)
     return outcome
