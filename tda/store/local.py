@@ -87,12 +87,7 @@ def walk(folder: Path) -> Iterator[tuple[str, Stat]]:
     todo = [("", folder)]
     while todo:
         prefix, here = todo.pop()
-        with disk(here, "read"):
-            try:
-                entries = list(os.scandir(here))
-            except (FileNotFoundError, NotADirectoryError):
-                continue
-        for entry in entries:
+        for entry in _entries(here):
             if entry.is_dir(follow_symlinks=False):
                 todo.append((f"{prefix}{entry.name}/", Path(entry.path)))
             else:
@@ -102,11 +97,14 @@ def walk(folder: Path) -> Iterator[tuple[str, Stat]]:
 
 def folders(folder: Path) -> list[str]:
     """Names of the folders in a folder. Raises StoreError."""
+    return [entry.name for entry in _entries(folder) if entry.is_dir(follow_symlinks=False)]
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """What is in a folder; nothing where there is none. Raises StoreError."""
     with disk(folder, "read"):
         try:
-            return [
-                entry.name for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False)
-            ]
+            return list(os.scandir(folder))
         except (FileNotFoundError, NotADirectoryError):
             return []
 
@@ -119,12 +117,7 @@ def require_plain(run: Path) -> None:
     todo = [run]
     while todo:
         here = todo.pop()
-        with disk(here, "read"):
-            try:
-                entries = list(os.scandir(here))
-            except (FileNotFoundError, NotADirectoryError):
-                continue
-        for entry in entries:
+        for entry in _entries(here):
             with disk(Path(entry.path), "read"):
                 if entry.is_symlink():
                     raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
