@@ -157,7 +157,9 @@ def working(given: int | str | Cluster | None, show: bool = False) -> Iterator[N
 
 
 def _announce(client: Client) -> None:
+    """The address of Dask's own pages about the scheduler and its workers, if it serves them."""
     from importlib.util import find_spec
 
-    if find_spec("bokeh") is not None and client.dashboard_link:
-        print(f"dashboard: {client.dashboard_link}", file=sys.stderr)
+    if "dashboard" in client.scheduler_info(n_workers=0)["services"]:
+        needs = "" if find_spec("bokeh") else " (to see it: pip install 'tda-engine[dashboard]')"
+        print(f"dashboard: {client.dashboard_link}{needs}", file=sys.stderr)

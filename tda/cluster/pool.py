@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from tda.cluster import leaving
+from tda.cluster.crew import Crew
 from tda.cluster.delivery import pack
 from tda.errors import ClusterError, TdaError
 from tda.progress import Tick, progress_bar
@@ -52,9 +53,11 @@ def run(
     """
     if not pieces:
         return []
-    with progress_bar(what, sum(sizes or [1] * len(pieces)), show, unit) as tick:
-        if _OPEN:
-            return _OPEN[-1].run(work, pieces, sizes or [1] * len(pieces), tick)
+    each = sizes or [1] * len(pieces)
+    crew = Crew(unit if sizes else "") if _OPEN else None
+    with progress_bar(what, sum(each), show, unit, crew.lines if crew else None) as tick:
+        if crew is not None:
+            return _OPEN[-1].run(work, pieces, each, tick, crew)
         return [_here(work, piece, tick, sizes is None) for piece in pieces]
 
 
@@ -100,13 +103,16 @@ class Workers:
     def addresses(self) -> list[str]:
         return [*self.client.nthreads()]
 
-    def run(self, work: Work, pieces: Sequence[Any], sizes: Sequence[int], tick: Tick) -> list[Any]:
-        from tda.cluster.worker import Delivery
+    def run(
+        self, work: Work, pieces: Sequence[Any], sizes: Sequence[int], tick: Tick, crew: Crew
+    ) -> list[Any]:
+        from tda.cluster.worker import MOST_TOLD, TELL, Delivery
 
         token = f"tda-{uuid.uuid4().hex[:16]}"
-        self.client.register_plugin(Delivery(token, pack(work)), name=token)
+        tell = max(TELL, len(self.addresses()) / MOST_TOLD)
+        self.client.register_plugin(Delivery(token, pack(work), tell), name=token)
         try:
-            return _Dispatch(self, token, pieces, sizes, tick).finish()
+            return _Dispatch(self, token, pieces, sizes, tick, crew).finish()
         finally:
             _briefly(self.client.unregister_worker_plugin, token)
 
@@ -121,9 +127,10 @@ class _Dispatch:
         pieces: Sequence[Any],
         sizes: Sequence[int],
         tick: Tick,
+        crew: Crew,
     ) -> None:
         self.workers, self.client, self.token = workers, workers.client, token
-        self.pieces, self.sizes, self.tick = pieces, sizes, tick
+        self.pieces, self.sizes, self.tick, self.crew = pieces, sizes, tick, crew
         self.todo = deque(range(len(pieces)))
         self.results: dict[int, Any] = {}
         self.given: dict[Future, tuple[int, float]] = {}
@@ -155,6 +162,7 @@ class _Dispatch:
         workers = self.begun.setdefault(message["piece"], {})
         if message["rows"] == 0:
             workers[message["worker"]] = time.monotonic()
+        self.crew.heard(message["worker"], message["piece"], message["rows"], message["memory"])
 
     def _step(self) -> None:
         now = time.monotonic()
@@ -202,6 +210,7 @@ class _Dispatch:
             if worker in self.warm:  # the first one of a worker loads the model
                 self.times.append(time.monotonic() - begun)
             self.warm.add(worker)
+            self.crew.done(worker, number, self.sizes[number])
             self.tick(self.sizes[number])
             return
         if any(other == number for other, _ in self.given.values()):
@@ -224,6 +233,8 @@ class _Dispatch:
                 do="start it again, then the same command: what is finished is kept",
             )
         self.known = self.workers.addresses()
+        self.crew.present(self.known)
+        self.tick(0)
         if len(self.times) < 3:
             return
         median = statistics.median(self.times)

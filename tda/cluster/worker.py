@@ -14,7 +14,8 @@ from distributed import Worker, WorkerPlugin, get_worker
 from tda.cluster.delivery import unpack
 from tda.store.files import write_apart
 
-TELL = 0.5  # seconds between two words about a piece
+TELL = 0.5  # seconds between two words about a piece …
+MOST_TOLD = 200  # … and at most so many words a second of all workers together
 
 _ONE_AT_A_TIME = threading.Lock()  # a worker with several threads has one model all the same
 
@@ -39,10 +40,13 @@ class Settling(WorkerPlugin):
 
 
 class Delivery(WorkerPlugin):
-    """Some packed work: sent to each worker once, also to those that come later."""
+    """Some packed work: sent to each worker once, also to those that come later.
 
-    def __init__(self, token: str, packed: bytes) -> None:
-        self.name = token
+    tell: seconds between two words about a piece.
+    """
+
+    def __init__(self, token: str, packed: bytes, tell: float = TELL) -> None:
+        self.name, self.tell = token, tell
         self._packed: bytes | None = packed
         self._work: Any = None
 
@@ -60,9 +64,9 @@ def perform(token: str, number: int, piece: Any) -> Any:
     """One piece of the delivered work."""
     worker = get_worker()
     with _ONE_AT_A_TIME:
-        told = Told(worker, token, number)
-        told(0)
         delivery = cast(Delivery, worker.plugins[token])
+        told = Told(worker, token, number, delivery.tell)
+        told(0)
         with dask.config.set(scheduler="synchronous"):
             return delivery.work()(piece, told)
 
@@ -70,14 +74,14 @@ def perform(token: str, number: int, piece: Any) -> Any:
 class Told:
     """``tick(examples)`` of a piece on its way to the client: who, which, how many, memory."""
 
-    def __init__(self, worker: Worker, token: str, number: int) -> None:
-        self.worker, self.token, self.number = worker, token, number
+    def __init__(self, worker: Worker, token: str, number: int, tell: float) -> None:
+        self.worker, self.token, self.number, self.tell = worker, token, number, tell
         self.count, self.last = 0, 0.0
 
     def __call__(self, count: int) -> None:
         self.count += count
         now = time.monotonic()
-        if now - self.last < TELL and self.count > count:
+        if now - self.last < self.tell and self.count > count:
             return
         self.last = now
         memory = self.worker.monitor.get_process_memory()
