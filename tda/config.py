@@ -127,11 +127,13 @@ class ValueSection(_Section):
     """What ``tda value`` is told besides.
 
     ``runs``: folders of runs of independent trainings (seeds) on the same data, each a replicate of
-    every value. ``bags``: of Data-OOB, 0 for none. For ``tda report --retrain``, the ``train`` of
+    every value. ``groups``: a CSV file of columns id and any others, to roll values up by.
+    ``bags``: of Data-OOB, 0 for none. For ``tda report --retrain``, the ``train`` of
     [evaluate] may also take ``relabel``, a dict from training index to the label to train on.
     """
 
     runs: list[str] = []
+    groups: Path | None = None
     bags: NonNegativeInt = 0
 
 

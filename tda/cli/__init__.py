@@ -35,6 +35,14 @@ QuerySet = Annotated[
     str | None,
     typer.Option("--queries", metavar="NAME", help="The query set; needed when there are several."),
 ]
+GroupsFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--groups",
+        metavar="FILE.csv",
+        help="Columns id and any others (licence, annotator, date, …): values by each of them.",
+    ),
+]
 RecipeName = Annotated[
     str | None,
     typer.Option("--recipe", metavar="NAME", help="`tda recipes` lists them; or auto."),
@@ -267,6 +275,7 @@ def value(
         list[str] | None,
         typer.Option(metavar="RUN", help="Another training on the same data; repeatable."),
     ] = None,
+    groups: GroupsFile = None,
     bags: Annotated[int | None, typer.Option(min=0, help="Also Data-OOB, with so many.")] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE.parquet", help="Default: in RUN/value.")
@@ -277,7 +286,8 @@ def value(
     """What each training example is worth, and how sure that is.
 
     For a query set, or slices of it: value, 95 % interval, p and q (false discovery rate) of every
-    training example, and roll-ups by label, source and group; beside them KNN-Shapley values.
+    training example, and roll-ups by label, source, group and the columns of --groups; beside them
+    KNN-Shapley values.
     Intervals need replicates: runs of other seeds (--run), or checkpoints, which of one training
     depend on each other. Written to values.parquet and groups.parquet.
 
@@ -296,6 +306,7 @@ def value(
         only=slice_,
         others=run or section.runs,
         bags=section.bags if bags is None else bags,
+        groups=groups or section.groups,
     )
     for table in valued.tables(show):
         tables.show(table)
@@ -316,6 +327,7 @@ def report(
         str | None,
         typer.Option(metavar="RUN", help="Say what changed since the report of another run."),
     ] = None,
+    groups: GroupsFile = None,
     retrain: Annotated[
         bool, typer.Option("--retrain", help="Do what it proposes, measure.")
     ] = False,
@@ -342,7 +354,8 @@ def report(
 
     wanted = [gates.parse(text) for text in fail_if or ()]
     opened = open_workload(target, set_ or ())
-    page = reporting.report(opened, opened.query_set(queries), recipe, diff, retrain)
+    named = groups or opened.valuation.groups
+    page = reporting.report(opened, opened.query_set(queries), recipe, diff, retrain, named)
     typer.echo(page)
     fired = gates.fired(wanted, reporting.summary_of(page))
     for gate, found in fired:

@@ -16,7 +16,12 @@ if TYPE_CHECKING:
 
 
 def report(
-    opened: Opened, queries: str, recipe: str | None, against: str | None, retrain: bool
+    opened: Opened,
+    queries: str,
+    recipe: str | None,
+    against: str | None,
+    retrain: bool,
+    groups: Path | None = None,
 ) -> Path:
     """Write the report of a query set. Raises ConfigError where it cannot retrain as asked."""
     how = _retraining(opened, queries) if retrain else None
@@ -26,6 +31,7 @@ def report(
         recipe=recipe or opened.defaults.recipe,
         against=against,
         retrain=how,
+        groups=groups,
     )
 
 

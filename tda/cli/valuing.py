@@ -19,6 +19,7 @@ from tda.report.findings import Findings, knn_values
 from tda.report.gather import with_certainty
 from tda.store.files import write_file
 from tda.valuation import GroupValues, data_oob, roll_up, values
+from tda.valuation.groupings import Groupings, read_groups
 from tda.valuation.last_rows import embeddings
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class Valued:
     """Values of a run's training examples for the slices of a query set, per query.
 
     others: values of other kinds by name, ``[train]``; why_not: those that there are not.
+    given: groupings from a file, by name.
     """
 
     run: Run
@@ -47,6 +49,7 @@ class Valued:
     self_influence: np.ndarray | None
     others: dict[str, np.ndarray]
     groups: dict[str, GroupValues]
+    given: dict[str, np.ndarray]
     why_not: tuple[str, ...]
 
     def values(self, part: int) -> Values:
@@ -58,7 +61,8 @@ class Valued:
         """The values at ``path``, the roll-ups beside them; each whole or not at all."""
         train = Gallery(self.run.store.table("train"))
         present = {name: train.column(name) for name in COLUMNS}
-        held = {name: c for name, c in present.items() if c is not None and c.ndim == 1}
+        own = {name: c for name, c in present.items() if c is not None and c.ndim == 1}
+        held = {**own, **self.given}
         parts: list[dict[str, Any]] = []
         for part, name in enumerate(self.found.slices):
             mine = self.values(part)
@@ -146,9 +150,11 @@ def value(
     only: str | None = None,
     others: Sequence[str] = (),
     bags: int = 0,
+    groups: str | Path | None = None,
 ) -> Valued:
     """by: slices of the queries by a column; only: ``COLUMN=NAME``, one slice; others: runs of
-    independent trainings on the same data; bags: of Data-OOB, 0 for none.
+    independent trainings on the same data; bags: of Data-OOB, 0 for none; groups: a file of
+    groupings, see `read_groups`.
     """
     if by and only:
         raise ConfigError("--by and --slice say two things", do="give one of them")
@@ -161,6 +167,8 @@ def value(
             wanted=", ".join(name for name in COLUMNS if name in asked) or "they have no labels",
         )
     chosen = run.recipe(recipe)
+    own = [name for name in COLUMNS if name in run.store.table("train").columns()]
+    given = Groupings({}) if groups is None else read_groups(groups, run.ids, own)
     slices: Any = by if only is None else _chosen(run, queries, only)
     runs = [run, *(tda.open(path) for path in others)]
     for each in runs:
@@ -172,25 +180,26 @@ def value(
     found = values(runs, queries, chosen, slices)
     if only is not None:
         found = _one_slice(found, only)
-    why_not: list[str] = []
+    why_not = list(given.notes)
     itself = None
     try:
         itself = run.self_influence(chosen if chosen.normalize != "both" else "grad_dot")
     except RecipeError as error:
         why_not.append(f"no self-influence: {error.what}")
-    columns = run.store.table("train").columns()
-    groups = {
+    rolled = {
         name: roll_up(found, run.store.table("train").column(name))
-        for name in COLUMNS
-        if name in columns and _is_category(run.store.table("train").column(name))
+        for name in own
+        if _is_category(run.store.table("train").column(name))
     }
+    rolled |= {name: roll_up(found, column) for name, column in given.columns.items()}
     return Valued(
         run,
         queries,
         found,
         itself,
         _model_free(run, queries, bags, why_not),
-        groups,
+        rolled,
+        given.columns,
         tuple(why_not),
     )
 

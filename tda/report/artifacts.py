@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -15,13 +16,24 @@ from tda.valuation import inert
 SIDES = ("proponents", "opponents")
 
 
-def ledger(train: Any, queries: Any, values: Values, found: Findings, top: Any) -> Ledger:
-    """What is known of every training example, and the answers to every query (Galleries in)."""
+def ledger(
+    train: Any,
+    queries: Any,
+    values: Values,
+    found: Findings,
+    top: Any,
+    groups: Mapping[str, np.ndarray] = MappingProxyType({}),
+) -> Ledger:
+    """What is known of every training example, and the answers to every query (Galleries in).
+
+    groups: more columns of the training set, ``[train]``.
+    """
     columns = {"id": train.ids}
     for name in ("label", "source", "group"):
         column = train.column(name)
         if column is not None and column.ndim == 1:
             columns[name] = column
+    columns |= groups
     others = {} if found.knn is None else {"knn_shapley": found.knn}
     if found.suspects is not None:
         flagged = found.suspects.flagged
@@ -94,9 +106,7 @@ def value_columns(
         "q": nothing if sure is None else sure.q,
         "reliable": nothing if sure is None else sure.reliable,
     }
-    for name in ("label", "source"):
-        if name in given:
-            found[name] = _plain(given[name])
+    found |= {name: _plain(of) for name, of in given.items() if name not in ("id", "group")}
     return {**found, **{name: _plain(of) for name, of in book.others.items()}}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,9 +36,17 @@ from tda.report.decisions import decide, valued
 from tda.report.examples import Gallery
 from tda.report.findings import Findings, find
 from tda.report.removal import foretell
-from tda.report.rollups import averaging, categories, class_matrix, labels_of, rollups
+from tda.report.rollups import (
+    SLICED,
+    averaging,
+    categories,
+    class_matrix,
+    labels_of,
+    rollups,
+)
 from tda.report.trust import judge
 from tda.scorer.moments import Moments, moments, scores_at
+from tda.valuation.groupings import Groupings, read_groups
 
 NUM_SUSPECTS = 24
 NUM_EXTREMES = 10
@@ -57,13 +66,15 @@ def collect(
     compare: Sequence[str] = COMPARED,
     agreements: Sequence[Agreement] = (),
     with_knn: bool = True,
+    groups: str | Path | None = None,
 ) -> ReportData:
     """What the report of ``run`` shows for one stored query set.
 
     query_name: a stored query set (the first when None); recipe: a name or a Recipe; k: answers
     shown per query and sign; label_names: names of labels 0, 1, …; compare: recipes whose scores
     are ranked against ``recipe``'s, each costing one more pass over the scores; agreements: more
-    of them, measured elsewhere; with_knn: also the values of k nearest neighbours.
+    of them, measured elsewhere; with_knn: also the values of k nearest neighbours; groups: a file
+    of more columns to roll values up by (`tda.valuation.read_groups`).
     Raises DataError when no such query set is stored.
     """
     chosen: Recipe = run.recipe(recipe)
@@ -71,7 +82,9 @@ def collect(
     queries = Gallery(run.store.table(f"queries/{query_name}"), label_names)
     train = Gallery(run.store.table("train"), label_names)
     shown, selection = select(queries, max_queries)
-    notes: list[str] = []
+    own = [name for name in SLICED if train.column(name) is not None]
+    given = Groupings({}) if groups is None else read_groups(groups, train.ids, own)
+    notes = [f"{note[0].upper()}{note[1:]}." for note in given.notes]
 
     some = np.unique(np.linspace(0, train.num_rows - 1, RANKED).round().astype(np.int64))
     others, skipped = _other_scores(run, query_name, chosen, compare, shown, some)
@@ -124,14 +137,14 @@ def collect(
         train_loss=loss,
         train_p=train.last("p"),
         highest_loss=() if loss is None else _largest(train, loss, NUM_EXTREMES),
-        rollups=rollups(train, values, self_influence, evidence),
+        rollups=rollups(train, values, self_influence, evidence, given.columns),
         class_matrix=class_matrix(found.averages, asked, held),
         agreements=(*agreements, *found_agreements),
         notes=(*notes, *self_note, *baseline_note, *evidence.notes),
         decisions=decisions,
         trust=judge(values, evidence).with_removals(removal.measured),
         removal=removal,
-        ledger=ledger(train, queries, values, evidence, top),
+        ledger=ledger(train, queries, values, evidence, top, given.columns),
         example=train.example,
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,9 @@ from tda.report.data import ClassMatrix, Rollup, Slice, Values
 from tda.report.examples import MAX_ID, Gallery, clean
 from tda.report.findings import Findings
 from tda.valuation import GroupValues, concentration, roll_up
+from tda.valuation.groupings import ABSENT
 
+SLICED = ("label", "source", "group")  # columns of a run
 MAX_SLICES = 30
 MAX_CLASSES = 12
 
@@ -27,22 +31,34 @@ def categories(gallery: Gallery, column: str) -> Categories | None:
         return None
     if column == "label" and not gallery.classes:
         return None
-    unique, first, inverse = np.unique(values, return_index=True, return_inverse=True)
-    if column == "label":
-        names = [gallery.label(int(index)) or "?" for index in first]
-    else:
-        names = [clean(value, MAX_ID) or "(none)" for value in unique]
-    return names, inverse
+    if column != "label":
+        return named(values)
+    _, first, inverse = np.unique(values, return_index=True, return_inverse=True)
+    return [gallery.label(int(index)) or "?" for index in first], inverse
+
+
+def named(column: np.ndarray) -> Categories:
+    """Of names ``[example]``."""
+    unique, inverse = np.unique(column, return_inverse=True)
+    return [clean(value, MAX_ID) or ABSENT for value in unique], inverse
 
 
 def rollups(
-    train: Gallery, values: Values, self_influence: np.ndarray, evidence: Findings
+    train: Gallery,
+    values: Values,
+    self_influence: np.ndarray,
+    evidence: Findings,
+    groups: Mapping[str, np.ndarray] = MappingProxyType({}),
 ) -> tuple[Rollup, ...]:
-    """One roll-up for each column that sorts the training examples into two or more slices."""
+    """One roll-up for each column that sorts the training examples into two or more slices.
+
+    groups: columns besides those of the run, ``[train]``.
+    """
     found = []
     num_queries = 1 if evidence.values is None else int(evidence.values.num_queries[0])
-    for column in ("label", "source", "group"):
-        sorted_out = categories(train, column)
+    for column in (*SLICED, *groups):
+        given = groups.get(column)
+        sorted_out = categories(train, column) if given is None else named(given)
         if sorted_out is None or not 2 <= len(sorted_out[0]) < train.num_rows:
             continue
         names, inverse = sorted_out

@@ -23,6 +23,7 @@ from tda.valuation.duplicates import (
     space_of,
 )
 from tda.valuation.faults import Suspects, inert, mislabelled, mislabelled_in, outliers
+from tda.valuation.groupings import Groupings, read_groups
 from tda.valuation.groups import Concentration, GroupValues, concentration, roll_up
 from tda.valuation.influence import Values, values
 from tda.valuation.knn_shapley import KnnShapley, knn_shapley, knn_shapley_of
@@ -33,7 +34,7 @@ from tda.valuation.significance import Significance, significance_of
 
 __all__ = [
     "Values", "values", "Significance", "significance_of",
-    "GroupValues", "roll_up", "Concentration", "concentration",
+    "GroupValues", "roll_up", "Concentration", "concentration", "Groupings", "read_groups",
     "KnnShapley", "knn_shapley", "knn_shapley_of", "DataOob", "data_oob",
     "Beta", "Semivalues", "semivalues",
     "Mechanism", "Shift", "explain_shift", "density_ratio",
