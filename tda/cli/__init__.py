@@ -405,4 +405,4 @@ def recipes() -> None:
     tables.show(tables.recipes(RECIPES.values()))
 
 
-from tda.cli import upkeep  # noqa: E402, F401 – its commands use the names above
+from tda.cli import games, upkeep  # noqa: E402, F401 – their commands use the names above

@@ -20,6 +20,7 @@ from tda.report.examples import Gallery
 from tda.report.rollups import categories
 from tda.store import Store, Table
 from tda.store.files import Place, Stat, stat_file
+from tda.store.steady import Steady
 
 Order = Literal["position", "lowest_p", "largest_loss"]
 COLUMNS = ("source", "group", "label")  # by which examples are grouped and filtered
@@ -192,31 +193,6 @@ class Shelf:
         if labels is not None:
             hit |= np.array([wanted == name.casefold() for name in labels[0]])[labels[1]]
         return places[hit[places]]
-
-
-class Steady:
-    """A table that is looked through for missing chunks once, not at every question.
-
-    What is read is checked all the same: a chunk that goes missing later is an error when read.
-    """
-
-    def __init__(self, table: Table) -> None:
-        self._table = table
-        self._columns: dict[str, np.ndarray] = {}
-        self._complete = False
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._table, name)
-
-    def require_complete(self) -> None:
-        if not self._complete:
-            self._table.require_complete()
-            self._complete = True
-
-    def column(self, name: str) -> np.ndarray:
-        if name not in self._columns:
-            self._columns[name] = self._table.column(name)
-        return self._columns[name]
 
 
 def require_train(path: Place) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -45,7 +45,10 @@ from tda.report.rollups import (
     rollups,
 )
 from tda.report.trust import judge
+from tda.run import Run
 from tda.scorer.moments import Moments, moments, scores_at
+from tda.store import Store
+from tda.store.steady import SteadyStore
 from tda.valuation.groupings import Groupings, read_groups
 
 NUM_SUSPECTS = 24
@@ -77,6 +80,7 @@ def collect(
     of more columns to roll values up by (`tda.valuation.read_groups`).
     Raises DataError when no such query set is stored.
     """
+    run = steady(run)
     chosen: Recipe = run.recipe(recipe)
     query_name = _query_set(run, query_name)
     queries = Gallery(run.store.table(f"queries/{query_name}"), label_names)
@@ -147,6 +151,11 @@ def collect(
         ledger=ledger(train, queries, values, evidence, top, given.columns),
         example=train.example,
     )
+
+
+def steady(run: Any) -> Any:
+    """The run as it is now: its tables are looked through once for the whole report."""
+    return Run(cast(Store, SteadyStore(run.store))) if isinstance(run, Run) else run
 
 
 def _predicts_loss(recipe: Recipe) -> bool:
