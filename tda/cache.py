@@ -83,14 +83,15 @@ class Cache:
             return compute()
         name = hashlib.sha256(json.dumps([self.source, *choices]).encode()).hexdigest()[:32]
         path = self.folder / f"{kind}-{name}.npz"
-        found = _read(path)
+        found = read_arrays(path)
         if found is None:
             found = compute()
-            _write(path, found)
+            write_arrays(path, found)
         return found
 
 
-def _read(path: Path) -> Arrays | None:
+def read_arrays(path: Path) -> Arrays | None:
+    """What ``write_arrays`` left there; None if there is nothing, or nothing sound."""
     try:
         with path.open("rb") as file:
             return read_npz(file)
@@ -101,7 +102,8 @@ def _read(path: Path) -> Arrays | None:
         return None
 
 
-def _write(path: Path, arrays: Arrays) -> None:
+def write_arrays(path: Path, arrays: Arrays) -> None:
+    """The whole file or none; a file that cannot be written is as good as none."""
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,20 +10,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from tda import decisions
 from tda.batch_size import BatchSize
 from tda.curvature.table import curvature_filler, keep_sample
+from tda.curvature.updating import put_in, take_out
 from tda.data import Examples, as_dataset, describe
 from tda.errors import StoreError
 from tda.featurizer import filler
 from tda.filling import Filling
 from tda.progress import Tick, progress_bar
 from tda.run import Run
+from tda.scorer.row_weights import curvature_weights
 from tda.store import Store, Table
 from tda.store.arrays import COLUMNS
 from tda.store.deleted import KEY
-from tda.store.files import Place, as_place, read_file, write_file
+from tda.store.files import Place, as_place, beside, read_file, write_file
 from tda.store.lock import sole_writer
 from tda.store.manifest import BASES, CURVATURE, QUERIES, TRAIN
 from tda.store.table import has_table
@@ -49,7 +52,6 @@ def relabel(
     """
     data = as_dataset(dataset)
     examples = describe(data)
-    computed: list[tuple[str, int, int]] = []
     with sole_writer(run.path):
         try:
             before = run.store.stored(TRAIN)
@@ -57,18 +59,39 @@ def relabel(
         except StoreError:  # an earlier call was interrupted; what it had changed is not known
             old, hidden, sample = examples.digests, run.featurizer().probe(data).hidden, None
         n = min(len(old), len(data))
-        table = run.store.plan(TRAIN, examples, hidden, changed=True)
         changed = (old[:n] != examples.digests[:n]).any(axis=1)
-        computed += [(TRAIN, *place) for place in table.missing()]
-        Filling(run, TRAIN, filler, data, batch_size).finish("relabelled", progress)
+        work = Filling(run, TRAIN, filler, data, batch_size)
+        computed = _recompute(work, examples, hidden, "relabelled", progress)
         if sample is not None and len(data) == n:
-            pairs = sample(table, data)
-            table = run.store.plan(CURVATURE, pairs, None, changed=True)
-            computed += [(CURVATURE, *place) for place in table.missing()]
-            Filling(run, CURVATURE, curvature_filler, data, batch_size).finish(
-                "curvature", progress
-            )
+            pairs = sample(run.store.stored(TRAIN), data)
+            work = Filling(run, CURVATURE, curvature_filler, data, batch_size)
+            computed += _recompute(work, pairs, None, "curvature", progress)
     return Relabelled(examples.ids[:n][changed], computed)
+
+
+def _recompute(
+    work: Filling, examples: Examples, hidden: int | None, what: str, progress: bool
+) -> list[tuple[str, int, int]]:
+    """The rows of what has changed, and its share in the sums that are kept; places computed."""
+    store, name, folder = work.run.store, work.name, beside(work.run.path) / "cache"
+
+    def weigh(table: Table, rows: str) -> Tensor:
+        return curvature_weights(table, rows, bool(store.manifest["measurement"]["has_margin"]))
+
+    try:
+        before = store.stored(name)
+        old = before.column("digest")
+        n = min(len(old), len(examples))
+        places = np.flatnonzero((old[:n] != examples.digests[:n]).any(axis=1))
+        take_out(folder, before, places, weigh)
+    except StoreError:  # then `updated` will find that what is kept is of something else
+        places = np.empty(0, np.int64)
+    table = store.plan(name, examples, hidden, changed=True)
+    computed = [(name, *place) for place in table.missing()]
+    work.finish(what, progress)
+    if len(places):
+        put_in(folder, table, places, weigh)
+    return computed
 
 
 def compact(path: str | Place, target: str | Place, *, progress: bool = False) -> Store:

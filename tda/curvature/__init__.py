@@ -1,6 +1,7 @@
 """Second moments of gradients: what a model's curvature is made of.
 
 moments.py      H = mean h·x xᵀ of stored rows, as sums that merge
+updating.py     the same of a table that grows, loses rows and changes: only these are read
 table.py        the table ``curvature`` of a run: rows whose second moment is Gauss–Newton's
 gauss_newton.py its products v ↦ Gv with the model at hand, nothing stored
 kfac/           factored over the two sides of each parameter: K-FAC, EK-FAC
@@ -10,6 +11,7 @@ from tda.curvature.moments import (
     EXACT_FLOPS,
     Diagonal,
     Gram,
+    Moment,
     Part,
     Picked,
     WeightedRows,
@@ -24,6 +26,7 @@ __all__ = [
     "EXACT_FLOPS",
     "Diagonal",
     "Gram",
+    "Moment",
     "Part",
     "Picked",
     "WeightedRows",

@@ -73,6 +73,19 @@ class Gram:
     def merge(self, other: Gram) -> Gram:
         return Gram(self.total + other.total, self.count + other.count, max(self.eps, other.eps))
 
+    def without(self, other: Gram) -> Gram:
+        """The sum over the rows that ``other`` is not of. Loses digits: see `updating`."""
+        total = self.total - other.total
+        return Gram(total, self.count - other.count, max(self.eps, other.eps))
+
+    def scaled(self, factor: float) -> Gram:
+        """With weights ``factor``·h."""
+        return replace(self, total=self.total * factor)
+
+    @property
+    def trace(self) -> float:
+        return float(self.total.trace())
+
     def shrunk(self, share: float) -> Gram:
         """(1 − share)·H + share·diag(H): with a share > 0 of full rank where no H_jj is 0."""
         total = self.total * (1 - share)
@@ -104,6 +117,19 @@ class Diagonal:
 
     def merge(self, other: Diagonal) -> Diagonal:
         return Diagonal(self.total + other.total, self.count + other.count)
+
+    def without(self, other: Diagonal) -> Diagonal:
+        """The sum over the rows that ``other`` is not of."""
+        total = (self.total - other.total).clamp_(min=0)
+        return Diagonal(total, self.count - other.count)
+
+    def scaled(self, factor: float) -> Diagonal:
+        """With weights ``factor``·h."""
+        return replace(self, total=self.total * factor)
+
+    @property
+    def trace(self) -> float:
+        return float(self.total.sum())
 
     def mean(self) -> Tensor:
         """diag(H) [k] float64."""

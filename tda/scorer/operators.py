@@ -6,6 +6,7 @@ segment's do, and what comes after a segment follows it in a chain.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from math import prod
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor
 
 from tda.cache import Arrays, Cache, fingerprint
-from tda.curvature import Diagonal, Gram, Part, Picked, second_moments, squared_norms
+from tda.curvature import Diagonal, Gram, Moment, Part, Picked, second_moments, squared_norms
+from tda.curvature.updating import About, updated
 from tda.preconditioner import (
     Block,
     Operator,
@@ -36,11 +38,12 @@ from tda.preconditioner import (
 from tda.recipe import Recipe
 from tda.recipe.requirements import curvature_table, layer_slices, require_rows, segments
 from tda.scorer.row_weights import curvature_weights
+from tda.store import Remaining, Table
 from tda.store.files import beside
 from tda.training.schedule import implied_damping
 
 if TYPE_CHECKING:
-    from tda.store import Store, Table
+    from tda.store import Store
 
 Group = tuple[int, ...]
 
@@ -147,7 +150,7 @@ class Operators:
         choices = (*which, recipe.shrinkage, recipe.core, recipe.query_share)
 
         def compute() -> Arrays:
-            return _packed(self._decompose(self._parts(group)))
+            return _packed(self._decompose(self._parts(group), updating=self._keeps))
 
         arrays = self.cache.get("spectrum", choices, compute)
         spectra = _unpacked(arrays, len(self.columns))
@@ -181,33 +184,74 @@ class Operators:
     def _parts(self, group: Group) -> list[tuple[Part, float]]:
         """The rows h·x xᵀ that make H, and the share in it of each: 1/n, or that of the queries."""
         recipe, found = self.recipe, []
-        has_margin = bool(self.manifest["measurement"]["has_margin"])
         mixed = ((self.rows, 1 - recipe.query_share), (self.queries, recipe.query_share))
         for table, share in mixed:
             if share:
-                weights = curvature_weights(table, recipe.curvature_rows, has_margin)
+                weights = self._weigh(table, recipe.curvature_rows)
                 each = share / table.num_rows / len(group)
                 found += [(Part(table, c, weights[c]), each) for c in group]
         return found
 
-    def _decompose(self, parts: list[tuple[Part, float]]) -> list[Spectrum]:
+    @property
+    def _keeps(self) -> bool:
+        """Whether sums over the rows outlast a change of these."""
+        tables = (self.rows, self.queries)
+        return self.cache.source is not None and all(
+            isinstance(t, Table | Remaining) for t in tables
+        )
+
+    def _decompose(
+        self, parts: list[tuple[Part, float]], *, updating: bool = False
+    ) -> list[Spectrum]:
         recipe = self.recipe
-        count = sum(part.table.num_rows for part, _ in parts)
-        terms = [replace(part, weights=part.weights * (share * count)) for part, share in parts]
+        moments = partial(self._moments, parts, updating)
         whole, share, core = recipe.curvature == "gram", recipe.shrinkage, recipe.core
         inside: Tensor | None = None
         if core is not None and core < self.train.dim:
-            (moment,) = second_moments(terms, self.columns, whole=False)
+            (moment,) = moments(self.columns, whole=False)
             assert isinstance(moment, Diagonal)
             axes = moment.mean()
             inside = axes.topk(core).indices.sort().values
-            terms = [replace(term, table=Picked(term.table, inside)) for term in terms]
         columns = self.columns if inside is None else [slice(0, len(inside))]
-        moments = second_moments(terms, columns, whole=whole, dual=not share)
+        found = moments(columns, whole=whole, dual=not share, inside=inside)
         if share:
-            moments = [m.shrunk(share) if isinstance(m, Gram) else m for m in moments]
-        spectra = [replace(decompose(m), count=self.train.num_rows) for m in moments]
+            found = [m.shrunk(share) if isinstance(m, Gram) else m for m in found]
+        spectra = [replace(decompose(m), count=self.train.num_rows) for m in found]
         return spectra if inside is None else [spectra[0].with_axes(axes, inside)]
+
+    def _moments(
+        self,
+        parts: list[tuple[Part, float]],
+        updating: bool,
+        columns: list[slice],
+        *,
+        whole: bool,
+        dual: bool = True,
+        inside: Tensor | None = None,
+    ) -> list[Moment]:
+        """Σ share·h x xᵀ over all parts, as a mean over their rows; on the coordinates inside."""
+        count = sum(part.table.num_rows for part, _ in parts)
+        if not updating or (whole and dual and any(count < c.stop - c.start for c in columns)):
+            terms = [replace(part, weights=part.weights * (share * count)) for part, share in parts]
+            if inside is not None:
+                terms = [replace(term, table=Picked(term.table, inside)) for term in terms]
+            return second_moments(terms, columns, whole=whole, dual=dual)
+        blocks = tuple((c.start, c.stop) for c in columns)
+        picked = () if inside is None else tuple(inside.tolist())
+        found = []
+        for part, share in parts:
+            table: Any = part.table
+            kind = self.recipe.curvature_rows
+            about = About(table.name, part.checkpoint, kind, blocks, whole, picked)
+            sums = updated(self.cache.folder, about, table, self._weigh)
+            found.append([each.scaled(share * count) for each in sums])
+        return [
+            functools.reduce(lambda a, b: a.merge(b), each) for each in zip(*found, strict=True)
+        ]
+
+    def _weigh(self, table: Table, rows: str) -> Tensor:
+        has_margin = bool(self.manifest["measurement"]["has_margin"])
+        return curvature_weights(table, rows, has_margin)
 
     def _dampings(self, group: Group, traces: list[float], where: str) -> list[float]:
         """λ of every block, in units of its eigenvalues."""

@@ -6,8 +6,9 @@
 a chunk with a mark is whole, on the disk, and belongs to the model, data and settings of the run.
 """
 
+from tda.store.deleted import Remaining
 from tda.store.store import Store
 from tda.store.table import Table
 from tda.store.verify import Fault
 
-__all__ = ["Fault", "Store", "Table"]
+__all__ = ["Fault", "Remaining", "Store", "Table"]
