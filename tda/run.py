@@ -363,6 +363,16 @@ class Run:
         chosen, name = self.recipe(recipe), self._name(queries)
         return scorer.prepare(self.store, chosen, self.store.table(f"queries/{name}"))
 
+    def learn_layer_weights(self, queries: Any, recipe: str | Recipe) -> Recipe:
+        """The recipe with weights of layers under which the queries' best examples stand out most.
+
+        Needs rows that keep layers apart; see `tda.scorer.layer_weights`.
+        """
+        from tda.scorer.layer_weights import learn_layer_weights
+
+        chosen, name = self.recipe(recipe), self._name(queries)
+        return learn_layer_weights(self.store, chosen, self.store.table(f"queries/{name}"))
+
     def recipe(self, recipe: str | Recipe) -> Recipe:
         """The recipe of that name; "auto": what suits this run best, its ``summary`` says why."""
         return recipe_for(self.store, recipe)

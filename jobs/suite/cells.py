@@ -79,6 +79,7 @@ class Cell:
     damping: str = "auto"
     query: str = "own"  # or what takes the place of the recipe's own: margin | loss
     blocks: str = "own"  # likewise: layer | whole
+    layers: str = "own"  # likewise: learned, their weights
     num_queries: int | None = None
     peer: str | None = None
     part: str = "table"  # where it is shown: table | curve | grid
@@ -88,7 +89,7 @@ class Cell:
         """Of its files."""
         parts = [self.peer or self.kind, self.method, self.checkpoints, str(self.number)]
         parts += [self.projection or "", str(self.dim or ""), self.metric, self.damping]
-        parts += [part for part in (self.query, self.blocks) if part != "own"]
+        parts += [part for part in (self.query, self.blocks, self.layers) if part != "own"]
         parts += [self.dtype] if self.dtype != "bfloat16" else []
         parts = [*parts, self.part] if self.part == "curve" else parts
         return "-".join("".join(c if c.isalnum() or c in "._" else "_" for c in p) for p in parts)
@@ -100,7 +101,7 @@ class Cell:
             return []
         store = replace(
             self, kind="store", method="rows", part="store",
-            damping="auto", query="own", blocks="own",
+            damping="auto", query="own", blocks="own", layers="own",
         )  # fmt: skip
         has_table = self.method == AUTO or RECIPES[self.method].curvature_rows == "gauss_newton"
         return [store, replace(store, kind="table")] if has_table else [store]
@@ -124,6 +125,10 @@ def of_one_model(wide: bool) -> Iterator[Cell]:
     found += [one(method=m, projection="count_sketch", dim=DIM) for m in ON_ONE_MODEL]
     found.append(one(method="influence_ekfac"))
     found.append(one(method="influence_ekfac", blocks="layer", damping="0.1"))
+    learned = partial(one, projection="eigenbasis", dim=SMALL_DIM, layers="learned")
+    found += [learned(method=m) for m in ("grad_dot", "influence_ekfac", "influence_shrunk")]
+    by_layer = replace(learned(method="influence_gn"), blocks="layer")
+    found += [by_layer, replace(by_layer, layers="own")]
     for cell in found:
         is_gram = cell.method == AUTO or RECIPES[cell.method].curvature == "gram"
         if ((is_gram and cell.dim == DIM) or cell.dim == LARGE_DIM) == wide:
@@ -264,6 +269,8 @@ def _recipe(work: ModuleType, cell: Cell, path: Path, quick: bool, train: Any, q
     run = tda.open(path / "stores" / cell.needs[0].name)
     recipe = choose(run.store) if cell.method == AUTO else recipe_of(cell)
     about = {"chosen": recipe.name, "recipe": recipe.explain()}
+    if cell.layers == "learned":
+        recipe = run.learn_layer_weights("test", recipe)
     return run.scores("test", recipe=recipe).compute(), about
 
 

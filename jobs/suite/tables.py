@@ -94,7 +94,9 @@ def _cells(row: Row) -> tuple[str, ...]:
 def _method(row: Row) -> str:
     """Its name, and what the cell set in the recipe or the recipe "auto" chose."""
     cell = row["cell"]
-    given = [f"{k} = {cell[k]}" for k in ("query", "blocks") if cell.get(k, "own") != "own"]
+    given = [
+        f"{k} = {cell[k]}" for k in ("query", "blocks", "layers") if cell.get(k, "own") != "own"
+    ]
     if cell["method"] == "auto" and "chosen" in row:
         given.append(row["chosen"])
     given += ["earlier"] if row.get("earlier") else []

@@ -47,6 +47,13 @@ RecipeName = Annotated[
     str | None,
     typer.Option("--recipe", metavar="NAME", help="`tda recipes` lists them; or auto."),
 ]
+LearnLayers = Annotated[
+    bool,
+    typer.Option(
+        "--learn-layer-weights",
+        help="Weigh the layers so that each query's best examples stand out from all others.",
+    ),
+]
 
 
 app = typer.Typer(
@@ -160,6 +167,7 @@ def query(
     approximate: Annotated[
         bool, typer.Option("--approximate", help="FAISS candidates, then exact re-rank.")
     ] = False,
+    learn_layers: LearnLayers = False,
     workers: Workers = None,
     scheduler: Scheduler = None,
     set_: Overrides = None,
@@ -181,7 +189,10 @@ def query(
     opened = open_workload(target, set_ or ())
     with working(opened.config, workers, scheduler):
         name = opened.query_set(queries)
-        chosen, depth = opened.recipe(recipe), k or opened.defaults.k
+        chosen, depth = (
+            opened.recipe(recipe, name if learn_layers else None),
+            k or opened.defaults.k,
+        )
         top = opened.run.top_k(name, k=depth, recipe=chosen, approximate=approximate)
     answer = answers.collect(opened.run, name, chosen.name, top, ids or ())
     for table in answer.tables(show):
@@ -202,6 +213,7 @@ def score(
         Path | None,
         typer.Option(metavar="DIR", help="Default: RUN/scores/QUERIES-RECIPE.zarr."),
     ] = None,
+    learn_layers: LearnLayers = False,
     workers: Workers = None,
     scheduler: Scheduler = None,
     set_: Overrides = None,
@@ -216,7 +228,8 @@ def score(
 
     opened = open_workload(target, set_ or ())
     with working(opened.config, workers, scheduler):
-        name, chosen = opened.query_set(queries), opened.recipe(recipe)
+        name = opened.query_set(queries)
+        chosen = opened.recipe(recipe, name if learn_layers else None)
         from tda.store.files import beside
 
         where = out or beside(opened.run.path) / "scores" / f"{name}-{chosen.name}.zarr"

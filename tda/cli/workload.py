@@ -56,12 +56,19 @@ class Opened:
             )
         return self.config
 
-    def recipe(self, name: str | None) -> Recipe:
-        """The recipe that is meant; says on the error stream which one "auto" is, and why."""
+    def recipe(self, name: str | None, layers_for: str | None = None) -> Recipe:
+        """The recipe that is meant, with layer weights learned for the query set ``layers_for``.
+
+        Says on the error stream which recipe "auto" is, and why, and what was learned.
+        """
         asked = name or self.defaults.recipe
         chosen = self.run.recipe(asked)
         if asked != chosen.name:
             typer.echo(f"{asked}: {chosen.name}. {chosen.summary}", err=True)
+        if layers_for is not None:
+            chosen = self.run.learn_layer_weights(layers_for, chosen)
+            learned = ", ".join(f"{layer} {weight:.2f}" for layer, weight in chosen.layer_weights)
+            typer.echo(f"layer weights: {learned}", err=True)
         return chosen
 
     def query_set(self, name: str | None) -> str:
