@@ -25,7 +25,6 @@ import json
 import multiprocessing
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
@@ -38,7 +37,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from tda.code import load_code
+from tda.code import load_file
 from tda.errors import StoreError
 from tda.evaluate import GroundTruth, lds, lds_of_queries, noise_ceiling
 
@@ -56,16 +55,9 @@ console = Console(soft_wrap=True)
 
 def module(name: str, suite: Path = SUITE) -> ModuleType:
     """A file of the suite: its code runs, once."""
-    return sys.modules[load_code(f"{name}.py:{_ENTRY.get(name, 'task')}", suite).__module__]
+    return load_file(str(suite / f"{name}.py"))
 
 
-_ENTRY = {
-    "cells": "compute",
-    "truth": "compute",
-    "tables": "page",
-    "kept": "joined",
-    "others": "command",
-}
 cells, truth, tables = module("cells"), module("truth"), module("tables")
 kept, others = module("kept"), module("others")
 
@@ -105,7 +97,7 @@ def fill(
 ) -> None:
     """Compute what is missing of a task's cells; a cell that fails, or takes more than ``minutes``,
     leaves a row that says why."""
-    work, path = module(task, suite), truth.folder(task, quick)
+    work, path = module(task, suite).WORK, truth.folder(task, quick)
     course = work.course(quick)
     numbers = (course.num_models, len(work.test_set(quick)["target"]))
     asked = cells_of(*numbers, course.optimizer == "adamw", peers, more)
@@ -121,7 +113,7 @@ def fill(
             if _is_finished(file, minutes) and not (again and again in one.name):
                 continue
             _announce(task, one)
-            _one(task, one, path, quick, suite, minutes)
+            _one(work, one, path, quick, minutes)
 
 
 def _is_finished(file: Path, minutes: float) -> bool:
@@ -138,7 +130,7 @@ def _announce(task: str, cell: Any) -> None:
                   f"({cell.checkpoints} × {cell.number}) {what} {cell.damping}")  # fmt: skip
 
 
-def _one(task: str, cell: Any, path: Path, quick: bool, suite: Path, minutes: float) -> None:
+def _one(work: Any, cell: Any, path: Path, quick: bool, minutes: float) -> None:
     """One cell in a process of its own."""
     failed = [need for need in cell.needs if "why_not" in _result(path, need)]
     if failed:
@@ -148,10 +140,10 @@ def _one(task: str, cell: Any, path: Path, quick: bool, suite: Path, minutes: fl
     try:
         if cell.kind == "peer":
             out = str(path / "cells" / f"{cell.name}.npz")
-            bundle = others.bundle(module(task, suite), path, quick)
+            bundle = others.bundle(work, path, quick)
             why = _run([*others.command(bundle, cell), out], minutes)
         else:
-            why = _fork(lambda: cells.compute(module(task, suite), cell, path, quick), minutes)
+            why = _fork(lambda: cells.compute(work, cell, path, quick), minutes)
     except OSError as error:
         why = str(error)
     if why is not None:
@@ -211,7 +203,8 @@ def _result(path: Path, cell: Any) -> dict[str, Any]:
 
 def results(task: str, quick: bool = False, suite: Path = SUITE) -> dict[str, Any]:
     """What a task's finished cells came to here: {"truth", "about", "ceilings", "rows"}."""
-    path, work = truth.folder(task, quick), module(task, suite)
+    path, file = truth.folder(task, quick), module(task, suite)
+    work = file.WORK
     truths: dict[str, GroundTruth] = truth.read(task, quick)
     ceilings = {}
     for name, found in truths.items():
@@ -220,12 +213,12 @@ def results(task: str, quick: bool = False, suite: Path = SUITE) -> dict[str, An
     rows = [_judged(path, file, truths) for file in sorted((path / "cells").glob("*.json"))]
     rows = [row for row in rows if row["cell"]["kind"] not in ("store", "table")]
     half, removal = (truths[name].outputs.shape for name in ("half", "removal"))
-    described = (work.__doc__ or "").split("\n    truth ")[0].partition("\n    data ")[2]
+    described = (file.__doc__ or "").split("\n    truth ")[0].partition("\n    data ")[2]
     data, _, model = described.partition("\n    model ")
     about = (
         f"Data: {' '.join(data.split())}. Model: {' '.join(model.split())}. Truth: "
         f"{half[0]} halves × {half[1]} seeds, {removal[0]} removals of "
-        f"{work.TRUTH['removed']:.0%} × {removal[1]} seed; {half[2]} queries. "
+        f"{work.truth['removed']:.0%} × {removal[1]} seed; {half[2]} queries. "
         + "; ".join(f"ceiling ({k}) {v:.3f}" for k, v in ceilings.items() if v is not None)
     )
     course = work.course(quick)
@@ -348,7 +341,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     for task in chosen.tasks:
         if chosen.only in (None, "truth"):
-            truth.compute(module(task, chosen.suite), chosen.quick, seeds=chosen.seeds)
+            truth.compute(module(task, chosen.suite).WORK, chosen.quick, seeds=chosen.seeds)
         if chosen.only in (None, "cells"):
             passed_over = [*cells.of_one_model(wide=True)] if chosen.narrow else []
             asked = (chosen.peers, chosen.methods, chosen.again, chosen.suite)

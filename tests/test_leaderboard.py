@@ -21,40 +21,24 @@ leaderboard: Any = sys.modules[load_code("leaderboard.py:main", JOBS).__module__
 tables, truth = leaderboard.tables, leaderboard.truth
 
 TASK = f"""'''Suite: numbers, and a tiny network.'''
-from functools import partial
 from pathlib import Path
 import torch
-import tda
 from tda.code import load_code
 
-NAME = "digits_mlp"
-TRUTH = {{"num_halves": 4, "num_seeds": 2, "num_removals": 4, "removed": 0.05}}
-SUITE = Path({str(JOBS / "suite")!r})
-Course = load_code("training.py:Course", SUITE)
-checkpoints_of = load_code("training.py:checkpoints", SUITE)
-network = load_code("networks.py:network", SUITE)
-losses = load_code("networks.py:losses", SUITE)
+Work = load_code("work.py:Work", Path({str(JOBS / "suite")!r}))
 
-def course(quick=False):
-    data = train_set(quick)
-    return Course(network=partial(network, NAME), inputs=data["input"], targets=data["target"],
-                  losses=partial(losses, NAME), steps=4, batch_size=10, learning_rate=0.1,
-                  together=True, num_models=1)
-
-def task(run_path, checkpoints="last", quick=False):
-    given = checkpoints_of(course(quick), run_path, checkpoints)
-    return tda.Task(network(NAME), checkpoints=given, measurement="cross_entropy")
-
-def _examples(number, seed):
-    random = torch.Generator().manual_seed(seed)
-    inputs = torch.randn(number, 64, generator=random)
+def data():
+    random = torch.Generator().manual_seed(0)
+    inputs = torch.randn(34, 64, generator=random)
     return {{"input": inputs, "target": inputs[:, :10].argmax(1)}}
 
-def train_set(quick=False):
-    return _examples(30, 0)
-
-def test_set(quick=False):
-    return _examples(4, 1)
+WORK = Work(
+    name="digits_mlp", data=data, num_train=30, num_queries=4, measurement="cross_entropy",
+    training={{"steps": 4, "batch_size": 10, "learning_rate": 0.1, "together": True,
+              "num_models": 1}},
+    trial_training={{}},
+    truth={{"num_halves": 4, "num_seeds": 2, "num_removals": 4, "removed": 0.05}},
+)
 """
 PEER = """
 import sys
@@ -84,7 +68,7 @@ def board(tmp_path_factory):
         methods = (("kin", "dot", "–", "last", 1), ("kin", "broken", "0", "last", 1))
         patch.setattr(leaderboard.others, "METHODS", methods)
         patch.setattr(leaderboard.others, "SCRIPTS", {"kin": str(folder / "peer.py")})
-        truth.compute(leaderboard.module("digits_mlp", folder), quick=False, progress=False)
+        truth.compute(leaderboard.module("digits_mlp", folder).WORK, quick=False, progress=False)
         fill(folder)
         yield folder
 

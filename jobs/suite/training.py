@@ -224,14 +224,6 @@ def optimizer_of(course: Course, model: nn.Module) -> torch.optim.Optimizer:
     )
 
 
-def examples(data: tuple[Tensor, Tensor], kind: str, start: int, number: int) -> dict[str, Any]:
-    """``number`` rows of (inputs, targets) from ``start`` on, named after their kind."""
-    inputs, targets = data
-    part = slice(start, start + number)
-    names = [f"{kind}-{i:05}" for i in range(number)]
-    return {"input": inputs[part], "target": targets[part], "id": names}
-
-
 class Lazily:
     """The ``train`` of a course made when first asked for: importing a job reads no data."""
 

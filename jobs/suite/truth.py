@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import tda
 from tda.evaluate import Design, GroundTruth, ground_truth
@@ -23,16 +23,16 @@ def folder(task: str, quick: bool) -> Path:
     return Path("stores/suite-quick" if quick else "stores/suite") / task
 
 
-def compute(work: ModuleType, quick: bool, progress: bool = True, seeds: int | None = None) -> None:
+def compute(work: Any, quick: bool, progress: bool = True, seeds: int | None = None) -> None:
     """The ground truths of a task, or what is missing of them; the halves' with the first few
     ``seeds`` or all."""
-    path = folder(work.NAME, quick)
+    path = folder(work.name, quick)
     with sole_writer(path / "evaluate"):
         course = work.course(quick)
         run = tda.index(work.task(str(path), "last", quick), work.train_set(quick), path,
                         proj_dim=PROJ_DIM, progress=False)  # fmt: skip
         queries = work.test_set(quick)
-        for name, design in designs(work.TRUTH, quick, seeds):
+        for name, design in designs(work.truth, quick, seeds):
             train = course.half() if name == "half" else course.removal()
             ground_truth(run, train, queries, design, name=name, progress=progress)
 
