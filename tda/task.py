@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from tda.data import Collate
 from tda.errors import TaskError
+from tda.layout import require_whole
 from tda.measurements import as_measurement
 from tda.training.optimizer import OptimizerState, read_state
 
 Weights = Mapping[str, Tensor]
-_SHARDED = ("DTensor", "FlatParameter")  # by name: importing them takes a second
 METRICS = ("euclidean", "adam", "second_moment", "adam_update")
 _PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
 
@@ -159,6 +159,8 @@ class Task:
     measurement: the name of one of `tda.MEASUREMENTS`, a `Measurement`, or any callable
     ``(model, batch) -> loss [example]``.
     collate: from a list of examples to a batch, for data that cannot be stacked as it is.
+    device: of the batches and the projection; the model goes there too, unless it is spread over
+    several devices (a `device_map`): then it stays as it lies.
     precision: "float32" (the model's own) or "bfloat16" (autocast) for the forward and backward.
     metric: what becomes of gradients before they are projected, by the moments m, v that Adam has
     at each checkpoint (each needs its ``optimizer``); ⊘ divides coordinate by coordinate.
@@ -189,15 +191,7 @@ class Task:
                 found=type(model).__name__,
                 wanted="an nn.Module",
             )
-        if any(type(p).__name__ in _SHARDED for p in model.parameters()):
-            raise TaskError(
-                "the model's parameters are spread over processes",
-                found="a model sharded by FSDP",
-                wanted="one whose parameters are whole: each worker holds a model of its own",
-                do="give Task the model as it was before, with the weights gathered by torch's "
-                "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) as "
-                "its checkpoint; or index adapters (LoRA) of a model that fits",
-            )
+        require_whole(model)
         given = [model.state_dict()] if checkpoints is None else checkpoints
         if isinstance(given, str | Path | Mapping | Checkpoint):
             given = [given]

@@ -86,7 +86,108 @@ def test_what_fsdp_sharded_is_indexed_once_it_is_gathered(tmp_path: Path, mesh: 
         fully_shard(part, mesh=mesh)
     with pytest.raises(TaskError, match="get_model_state_dict"):
         tda.Task(sharded)
+    optimizer = torch.optim.AdamW(sharded.parameters())
+    with pytest.raises(TaskError, match=r"(?s)sharded by FSDP.*get_state_dict"):
+        tda.Recorder(tmp_path / "recorded", sharded, optimizer, keep=1)
+    assert not (tmp_path / "recorded").exists()
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     gathered = get_model_state_dict(sharded, options=options)
     run = tda.index(tda.Task(Net(), [gathered]), (X, Y), tmp_path / "run", **EXACT)
     torch.testing.assert_close(stored_products(run), products(plain))
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning", "ignore:.*:FutureWarning")
+def test_what_a_sharded_training_gathers_is_what_a_whole_one_has(tmp_path: Path, mesh: Any) -> None:
+    """As the recorder's refusal says: model and optimizer, by torch's get_state_dict."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    plain, sharded = Net(), Net()
+    sharded.load_state_dict(plain.state_dict())
+    for part in (sharded.up, sharded.down, sharded):
+        fully_shard(part, mesh=mesh)
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=0.1) for m in (plain, sharded)]
+    for model, optimizer in zip((plain, sharded), optimizers, strict=True):
+        for _ in range(3):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(torch.tensor(X)), torch.tensor(Y)).backward()
+            optimizer.step()
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights, state = get_state_dict(sharded, optimizers[1], options=options)
+    torch.save(weights, tmp_path / "weights.pt")
+    torch.save(state, tmp_path / "optimizer.pt")
+    files = tmp_path / "weights.pt", tmp_path / "optimizer.pt"
+    given = tda.Checkpoint(files[0], optimizer=files[1])
+    whole = tda.Checkpoint(plain.state_dict(), optimizer=optimizers[0].state_dict())
+    found, wanted = (
+        tda.index(tda.Task(Net(), [c], metric="adam"), (X, Y), tmp_path / n, **EXACT).store
+        for n, c in (("found", given), ("wanted", whole))
+    )
+    rows = [store.table("train").rows(0, 0, 12) for store in (found, wanted)]
+    torch.testing.assert_close(rows[0], rows[1])
+    assert found.manifest["checkpoints"][0]["optimizer"] == "adam"
+
+
+def test_partitioned_parameters_are_known_by_deepspeeds_mark(tmp_path: Path) -> None:
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for parameter in model.parameters():
+        parameter.ds_id = 0  # type: ignore[attr-defined]
+    with pytest.raises(TaskError, match=r"(?s)ZeRO 3.*zero_to_fp32"):
+        tda.Task(model)
+    with pytest.raises(TaskError, match=r"(?s)ZeRO 3.*zero_to_fp32"):
+        tda.Recorder(tmp_path / "recorded", model, optimizer, keep=1)
+
+
+def hooked() -> Net:
+    """As accelerate's dispatch_model leaves a model whose layers it has put on devices."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = Net()
+    for part in (model.up, model.down, model):
+        hook = hooks.AlignDevicesHook(execution_device="cpu", io_same_device=part is model)
+        hooks.add_hook_to_module(part, hook)
+    model.hf_device_map = {"up": "cpu", "down": "cpu"}
+    return model
+
+
+@pytest.mark.parametrize("spread", [False, True])
+def test_a_device_map_is_left_as_it_is(spread: bool, tmp_path: Path, monkeypatch: Any) -> None:
+    """With one device there is; ``spread``: as if there were two, nothing is moved."""
+    model, plain = hooked(), Net()
+    plain.load_state_dict(model.state_dict())
+    before = {name: p.data_ptr() for name, p in model.named_parameters()}
+    moved: list[object] = []
+    if spread:
+        monkeypatch.setattr("tda.gradients.is_spread", lambda model: True)
+        monkeypatch.setattr(nn.Module, "to", lambda self, *to: moved.append(to) or self)
+    run = tda.index(tda.Task(model), (X, Y), tmp_path / "run", **EXACT)
+    torch.testing.assert_close(stored_products(run), products(plain))
+    assert run.featurizer().audit.path == "tap" and not moved
+    assert before == {name: p.data_ptr() for name, p in model.named_parameters()}
+
+
+def test_what_is_offloaded_is_refused(tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    layout = {"up": "cpu", "down": "disk"}
+    model = accelerate.dispatch_model(
+        Net(), layout, main_device="cpu", offload_dir=str(tmp_path / "offloaded")
+    )
+    with pytest.raises(TaskError, match=r"(?s)meta.*without offloading") as caught:
+        tda.Task(model)
+    assert caught.value.where == "down.weight"
+
+
+@pytest.mark.gpu
+def test_a_model_on_two_devices_has_the_gradients_of_one(tmp_path: Path) -> None:
+    class Split(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = torch.tanh(self.up(x.to("cuda")))
+            return self.down(hidden.cpu())
+
+    model, plain = Split(), Net()
+    plain.load_state_dict(model.state_dict())
+    model.up.cuda()
+    for device in ("cpu", "cuda"):
+        run = tda.index(tda.Task(model, device=device), (X, Y), tmp_path / device, **EXACT)
+        assert run.featurizer().audit.path == "tap"
+        torch.testing.assert_close(stored_products(run), products(plain), rtol=1e-3, atol=1e-5)

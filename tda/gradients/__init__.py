@@ -26,6 +26,7 @@ from tda.gradients import exact
 from tda.gradients.factors import Dense, Elementwise, Factor, Lookup, Outer, materialise
 from tda.gradients.rules import InseparableError, matrix_shape
 from tda.gradients.tap import Consume, ModifiedError, factors_of
+from tda.layout import is_spread
 from tda.measurements import Measurement
 
 __all__ = [
@@ -71,7 +72,8 @@ class Gradients:
 
     Dropout is off and batch norm uses its running statistics. Parameters with
     ``requires_grad=False`` are left out. ``autocast`` is the dtype of the forward and backward
-    pass, or None for the model's own. The user's model is never changed.
+    pass, or None for the model's own. The user's model is never changed. A model that is spread
+    over several devices stays so; batches go to ``device``, and factors are brought there.
     """
 
     def __init__(
@@ -88,7 +90,9 @@ class Gradients:
                 found="requires_grad=False everywhere" if list(model.parameters()) else "none",
                 wanted="at least one parameter with requires_grad=True",
             )
-        self.model = copy.deepcopy(model).eval().to(device)
+        self.model = copy.deepcopy(model).eval()
+        if not is_spread(model):
+            nn.Module.to(self.model, device)  # accelerate's own `to` is still that of the original
         self.parameters: dict[str, Tensor] = {
             name: p for name, p in self.model.named_parameters() if name in set(trained)
         }
@@ -139,7 +143,13 @@ class Gradients:
                 self.audited = self._audit(batch, num_examples)
                 fell_back = self.audited.path != "tap"
                 log.log(logging.WARNING if fell_back else logging.INFO, "%s", self.audited)
-            return self._run(self.audited.path, batch, num_examples, consume)
+            return self._run(self.audited.path, batch, num_examples, self._here(consume))
+
+    def _here(self, consume: Consume) -> Consume:
+        """With factors brought to the device of the projection, where a model is spread."""
+        if not is_spread(self.model):
+            return consume
+        return lambda name, factors: consume(name, [f.to(self.device) for f in factors])
 
     def output(self, batch: Any) -> Tensor:
         """f ``[example]`` alone, by a forward pass without gradients."""

@@ -26,6 +26,9 @@ class Outer:
     left: Tensor
     right: Tensor
 
+    def to(self, device: torch.device) -> Outer:
+        return Outer(self.left.to(device), self.right.to(device))
+
     @property
     def device(self) -> torch.device:
         return self.left.device
@@ -96,6 +99,9 @@ class Lookup:
     value: Tensor
     num_rows: int
 
+    def to(self, device: torch.device) -> Lookup:
+        return Lookup(self.index.to(device), self.value.to(device), self.num_rows)
+
     @property
     def device(self) -> torch.device:
         return self.value.device
@@ -137,6 +143,9 @@ class Dense:
 
     grad: Tensor
 
+    def to(self, device: torch.device) -> Dense:
+        return Dense(self.grad.to(device))
+
     @property
     def device(self) -> torch.device:
         return self.grad.device
@@ -166,6 +175,9 @@ class Elementwise:
 
     factors: list[Factor]
     function: Callable[[Tensor, int, int], Tensor]
+
+    def to(self, device: torch.device) -> Elementwise:
+        return Elementwise([factor.to(device) for factor in self.factors], self.function)
 
     @property
     def device(self) -> torch.device:

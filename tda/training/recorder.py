@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from tda.errors import TaskError
+from tda.layout import sharded_by
 from tda.task import Checkpoint
 from tda.training.optimizer import OptimizerState, read_state
 
@@ -62,6 +63,7 @@ class Recorder:
             raise TaskError("keep is not a number of steps", found=keep, wanted="1 or more")
         self.folder = Path(folder)
         self._model = _bare(model)
+        self._require_whole(optimizer)
         self._optimizer = _unwrapped(optimizer)
         self._keep = keep
         self._state()  # what does not fit is said before training, not after
@@ -69,6 +71,23 @@ class Recorder:
         self._write_index()
         self._file = (self.folder / _RATES).open("ab", buffering=0)
         self._hook = self._optimizer.register_step_post_hook(lambda *_: self._took(self._rate()))
+
+    def _require_whole(self, optimizer: Any) -> None:
+        """Raises TaskError where a process holds but a part of the model, or of its optimizer."""
+        by = sharded_by(self._model)
+        if by is None and type(optimizer).__module__.startswith("deepspeed"):
+            by = "DeepSpeed ZeRO"
+        if by is not None:
+            raise TaskError(
+                "a training is recorded where model and optimizer are whole",
+                where=self.folder,
+                found=f"a training sharded by {by}",
+                do="keep checkpoints yourself: at each step that counts let all processes "
+                "call torch's get_state_dict(model, optimizer, options=StateDictOptions("
+                "full_state_dict=True, cpu_offload=True)) (of DeepSpeed: save_checkpoint, then "
+                "zero_to_fp32.py), one of them torch.save both, and give tda.Checkpoint(weights, "
+                "step=…, learning_rate_sum=…, optimizer=…)",
+            )
 
     @property
     def step(self) -> int:
