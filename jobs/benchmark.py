@@ -5,7 +5,7 @@
     makes      one entry at the top of jobs/BENCHMARK.md (earlier entries stay, failures too)
 
     python jobs/benchmark.py                  # everything, one thread
-    python jobs/benchmark.py --only indexing  # indexing | scoring | start
+    python jobs/benchmark.py --only indexing  # indexing | scoring | start | growth
     python jobs/benchmark.py --repeats 1      # shorter
 
 What is measured, and how, is said in jobs/benchmarks/, a file a part.
@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from benchmarks.growth import growth
 from benchmarks.indexing import indexing
 from benchmarks.scoring import scoring
 from benchmarks.start import start
@@ -32,6 +33,12 @@ from benchmarks.timing import Rows
 
 LOG = Path(__file__).parent / "BENCHMARK.md"
 REPEATS = 3
+PARTS: dict[str, Callable[[int], list[Rows]]] = {
+    "start": lambda repeats: [start()],
+    "indexing": lambda repeats: [indexing(repeats)],
+    "scoring": lambda repeats: [scoring()],
+    "growth": lambda repeats: growth(),
+}
 
 console = Console()
 
@@ -55,15 +62,13 @@ def markdown(table: Rows) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", choices=("start", "indexing", "scoring"))
+    parser.add_argument("--only", choices=PARTS)
     parser.add_argument("--repeats", type=int, default=REPEATS)
     parser.add_argument("--threads", type=int, default=1)
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
-    parts: dict[str, Callable[[], Rows]] = {
-        "start": start, "indexing": lambda: indexing(chosen.repeats), "scoring": scoring
-    }  # fmt: skip
-    tables = [part() for name, part in parts.items() if chosen.only in (None, name)]
+    chosen_parts = [part for name, part in PARTS.items() if chosen.only in (None, name)]
+    tables = [table for part in chosen_parts for table in part(chosen.repeats)]
     written = entry(tables)
     title = "# Benchmark log: newest first; nothing is taken out\n\n"
     earlier = LOG.read_text(encoding="utf-8").removeprefix(title) if LOG.exists() else ""

@@ -55,6 +55,9 @@ class MemoryTable:
             return np.array([f"{self.name}-{i}" for i in range(self.num_rows)])
         return self.columns[name].astype(np.float32)
 
+    def entries(self, name: str, indices: np.ndarray) -> np.ndarray:
+        return self.column(name)[indices]
+
     def require_complete(self) -> None:
         """Rows in memory are all there."""
 

@@ -1,4 +1,4 @@
-"""What bfloat16 products leave in doubt is scored again: the answer is that of the plain path.
+"""What short products leave in doubt is scored again: the answer is that of the plain path.
 
 The oracle is a stable sort of float64 products of the decoded rows.
 """
@@ -60,6 +60,7 @@ def _small(monkeypatch):
     monkeypatch.setattr(shortlist, "has_bfloat16", lambda: True)
     monkeypatch.setattr(shortlist, "ROW_TILE", 64)
     monkeypatch.setattr(shortlist, "QUERY_TILE", 32)
+    monkeypatch.setattr(shortlist, "ROWS_OF_FEW", 100)
     monkeypatch.setattr("tda.scorer.pairs.GATHERED_BYTES", 4 * 96 * 50)
 
 
@@ -69,6 +70,16 @@ def _small(monkeypatch):
 def test_the_answer_is_a_stable_sort_of_exact_scores(name, dtype, num_checkpoints, tmp_path):
     store = stored(tmp_path, dtype, num_checkpoints)
     prepared = prepare(store, RECIPES[name], store.table("queries/q"))
+    assert shortlist.pays(prepared, K)
+    assert_is_the_sort(top_k(prepared, K), exact(prepared))
+
+
+@pytest.mark.parametrize("num_checkpoints", [1, 3])
+@pytest.mark.parametrize("name", ["grad_dot", "grad_cos", "influence", "trak"])
+@pytest.mark.parametrize("count", [1, 7])
+def test_few_queries_meet_int8_rows_as_they_are(count, name, num_checkpoints, tmp_path):
+    store = stored(tmp_path, "int8", num_checkpoints)
+    prepared = prepare(store, RECIPES[name], store.table("queries/q")).select(slice(0, count))
     assert shortlist.pays(prepared, K)
     assert_is_the_sort(top_k(prepared, K), exact(prepared))
 
@@ -87,9 +98,23 @@ def test_bfloat16_products_alone_would_answer_otherwise(tmp_path):
         assert_is_the_sort(TopK(line, line), exact(prepared))
 
 
+def bounds_of(rounded, coded, weights, monkeypatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """(below, above) [m, n] of every pair, as a shortlist is handed them."""
+    seen = []
+
+    class Seen(shortlist.Shortlist):
+        def add(self, score, error, lengths, low, first):
+            slack = error.T @ lengths
+            seen.append(((score - slack).double(), (score + slack).double()))
+
+    shortlist._add_tile(Seen(rounded.error.shape[1], 1), rounded, coded, weights, 0)
+    below, above = (torch.cat(side) for side in zip(*seen, strict=True))
+    return below, above
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1.0, 1e15])
 @pytest.mark.parametrize("num_checkpoints", [1, 2])
-def test_every_score_lies_between_its_bounds(num_checkpoints, scale):
+def test_every_score_lies_between_its_bounds(num_checkpoints, scale, monkeypatch):
     """Queries whose rounding all points the same way, along rows that follow it, are the worst."""
     rng = np.random.default_rng(0)
     shape = (num_checkpoints, 200, 64)
@@ -101,17 +126,9 @@ def test_every_score_lies_between_its_bounds(num_checkpoints, scale):
     rows = (rows * scale).bfloat16()
     weights = torch.from_numpy(rng.normal(size=(num_checkpoints, 300))).float()
     weights[:, :100] = torch.tensor([[1.0], [-1.0]])[:num_checkpoints]  # parts that cancel
-    seen = []
-
-    class Seen(shortlist.Shortlist):
-        def add(self, below, above, low, first):
-            seen.append((below.double(), above.double()))
-
-    kept = Seen(200, 1)
-    rounded = shortlist.Rounded.of([q.float() for q in queries])
+    rounded = shortlist.Rounded.halves([q.float() for q in queries])
     coded = [shortlist.Coded(x, None, torch.linalg.vector_norm(x.float(), dim=1)) for x in rows]
-    shortlist._add_tile(kept, rounded, coded, weights, 0)
-    below, above = (torch.cat(side) for side in zip(*seen, strict=True))
+    below, above = bounds_of(rounded, coded, weights, monkeypatch)
     unit = torch.stack([q.float().double().norm(dim=1) for q in queries]).amax(0)
     true = sum(
         q.float().double() / unit[:, None] @ x.double().T * w.double()
@@ -121,6 +138,27 @@ def test_every_score_lies_between_its_bounds(num_checkpoints, scale):
     assert (true >= below - shortlist.ROUNDING * below.abs()).all()
     if scale == 1 and num_checkpoints == 1:  # and they are not idle
         assert ((true - below) / (above - below)).aminmax().min < 0.2
+
+
+@pytest.mark.parametrize("num_checkpoints", [1, 2])
+def test_every_score_with_int8_rows_lies_between_its_bounds(num_checkpoints, monkeypatch):
+    rng = np.random.default_rng(0)
+    queries = torch.from_numpy(rng.standard_t(1, (num_checkpoints, 30, 64))).float()
+    queries[:, 0] = 0
+    rows = torch.from_numpy(rng.integers(-127, 128, (num_checkpoints, 300, 64))).to(torch.int8)
+    rows[:, :30] = torch.where(queries < 0, -127, 127)  # rounding adds up
+    weights = torch.from_numpy(rng.normal(size=(num_checkpoints, 300))).float()
+    rounded = shortlist.Rounded.integers([*queries])
+    coded = [shortlist.Coded(x, torch.full((300,), 0.5), None) for x in rows]
+    below, above = bounds_of(rounded, coded, weights, monkeypatch)
+    unit = torch.stack([q.double().norm(dim=1) for q in queries]).amax(0).clamp(min=1e-300)
+    true = sum(
+        q.double() / unit[:, None] @ x.double().T * 0.5 * w.double()
+        for q, x, w in zip(queries, rows, weights, strict=True)
+    )
+    assert (true <= above).all() and (true >= below).all()
+    size = torch.stack([w.abs() for w in weights]).sum(0) * 0.5 * 127 * 64**0.5
+    assert ((above - below)[1:] <= 2e-3 * size).all()  # narrow enough to be of use
 
 
 def test_equal_rows_have_equal_scores_in_the_order_of_the_rows(tmp_path):

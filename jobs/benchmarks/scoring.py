@@ -5,11 +5,10 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 from statistics import median
-from typing import Any
 
-import numpy as np
 import torch
 
+from benchmarks.synthetic import synthetic_store
 from benchmarks.timing import Rows, both
 
 DIM = 2048
@@ -24,11 +23,9 @@ def scoring(num_rows: int = 50_000, num_queries: int = 1000, k: int = 100) -> Ro
 
     from tda.recipes import RECIPES
     from tda.scorer import plain_top_k, prepare, shortlist
-    from tda.store import Store
 
-    generator = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
-        store = synthetic_store(Store, Path(folder) / "run", num_rows, num_queries, generator)
+        store = synthetic_store(Path(folder) / "run", num_rows, num_queries, DIM)
         prepared = prepare(store, RECIPES["grad_dot"], store.table("queries/q"))
         rows = store.table("train").rows(0, 0, num_rows)
         queries, few = prepared.queries[0], prepared.select(slice(0, 1))
@@ -64,28 +61,3 @@ def scoring(num_rows: int = 50_000, num_queries: int = 1000, k: int = 100) -> Ro
             for n, s in busy.items()
         ),
     ]
-
-
-def synthetic_store(store_of: Any, path: Path, num_rows: int, num_queries: int, generator: Any):
-    from tda.data import Examples
-
-    store = store_of.create(
-        path,
-        {
-            "model": {}, "checkpoints": [{"name": "c", "digest": "0"}],
-            "measurement": {"name": "m", "digest": "0", "has_margin": False},
-            "projection": {"kind": "count_sketch", "dim": DIM, "seed": 0},
-            "dtype": "bfloat16", "chunk_rows": 2048,
-        },
-    )  # fmt: skip
-    for name, count in (("train", num_rows), ("queries/q", num_queries)):
-        ids = np.array([f"{name}-{i}" for i in range(count)])
-        digests = np.frombuffer(generator.bytes(16 * count), np.uint8).reshape(count, 16)
-        table = store.plan(name, Examples(ids, digests), None)
-        for chunk in range(table.num_chunks):
-            start, stop = table.chunk_range(chunk)
-            ones = np.ones(stop - start, np.float32)
-            columns = dict.fromkeys(("loss", "p", "slope", "curvature", "grad_norm"), ones)
-            rows = generator.standard_normal((stop - start, DIM), dtype=np.float32)
-            table.write(0, chunk, rows, columns)
-    return store

@@ -59,8 +59,11 @@ def ranked(
     recall: float | None = None,
 ) -> TopK:
     """A TopK from (indices, scores) of both ends, already in order."""
-    ids = train.column("id")
-    proponents, opponents = (Ranking(ids[i], i, s) for i, s in (best, worst))
+    named, place = np.unique(np.concatenate([best[0], worst[0]]), return_inverse=True)
+    ids = train.entries("id", named)[place].reshape(2, *best[0].shape)
+    proponents, opponents = (
+        Ranking(*found) for found in zip(ids, *zip(best, worst, strict=True), strict=True)
+    )
     return TopK(proponents, opponents, recall)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from tda.data import Examples
 from tda.errors import DataError, MismatchError, StoreError
+from tda.store.chunks import Chunks
 from tda.store.deleted import KEY, deleted_positions, places, with_deleted, without_deleted
 from tda.store.files import Place, as_place, list_folders, require_plain, stat_file
 from tda.store.manifest import (
@@ -37,6 +38,9 @@ class Store:
     def __init__(self, path: Place, manifest: dict[str, Any]) -> None:
         self.path = path
         self.manifest = manifest
+        self._chunks: dict[
+            str, Chunks
+        ] = {}  # of each table: what was read once is not hashed again
 
     def __reduce__(self) -> tuple:
         return Store.open, (self.path.absolute(),)  # a worker may run in another folder
@@ -129,7 +133,8 @@ class Store:
                 found=f"query sets: {', '.join(self.queries()) or 'none'}",
                 do="add it with run.add_queries(dataset, name)" if query_set else "run `tda index`",
             )
-        return Table(self.path, name)
+        chunks = self._chunks.setdefault(name, Chunks(self.path / name))
+        return Table(self.path, name, chunks)
 
     def queries(self) -> list[str]:
         """Names of the stored query sets (``table(f"queries/{name}")``), sorted."""

@@ -72,15 +72,16 @@ class Table:
 
     Every read is checked: a chunk is used only if it is marked complete and its checksum is the
     marked one (see `tda.store.chunks`).
-    Pickles as (path, name). Raises StoreError if there is no such table or its layout is damaged.
+    chunks: of this table, where some have been checked before. Pickles as (path, name). Raises
+    StoreError if there is no such table or its layout is damaged.
     """
 
-    def __init__(self, path: Place, name: str) -> None:
+    def __init__(self, path: Place, name: str, chunks: Chunks | None = None) -> None:
         self.path = path
         self.name = name
         self.folder = path / name
         self.manifest = read_manifest(path)
-        self._chunks = Chunks(self.folder)
+        self._chunks = chunks or Chunks(self.folder)
         self.static = self._open_static()
         self.specs = self._open_specs()
 

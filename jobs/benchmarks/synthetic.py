@@ -1,0 +1,46 @@
+"""Stores of random rows, as a run would have written them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+COLUMNS = ("loss", "p", "slope", "curvature", "grad_norm")
+
+
+def synthetic_store(
+    path: Path,
+    num_rows: int,
+    num_queries: int,
+    dim: int,
+    num_checkpoints: int = 1,
+    dtype: str = "bfloat16",
+) -> Any:
+    """A finished store: tables ``train`` and ``queries/q`` of standard normal rows."""
+    from tda.data import Examples
+    from tda.store import Store
+
+    generator = np.random.default_rng(0)
+    chunk_rows = max(1, 8 * 2**20 // (dim * {"float32": 4, "bfloat16": 2, "int8": 1}[dtype]))
+    store = Store.create(
+        path,
+        {
+            "model": {},
+            "checkpoints": [{"name": str(c), "digest": str(c)} for c in range(num_checkpoints)],
+            "measurement": {"name": "m", "digest": "0", "has_margin": False},
+            "projection": {"kind": "count_sketch", "dim": dim, "seed": 0},
+            "dtype": dtype, "chunk_rows": min(chunk_rows, 4096),
+        },
+    )  # fmt: skip
+    for name, count in (("train", num_rows), ("queries/q", num_queries)):
+        ids = np.array([f"{name}-{i}" for i in range(count)])
+        digests = np.frombuffer(generator.bytes(16 * count), np.uint8).reshape(count, 16)
+        table = store.plan(name, Examples(ids, digests), None)
+        for checkpoint, chunk in table.places():
+            start, stop = table.chunk_range(chunk)
+            columns = dict.fromkeys(COLUMNS, np.ones(stop - start, np.float32))
+            rows = generator.standard_normal((stop - start, dim), dtype=np.float32)
+            table.write(checkpoint, chunk, rows, columns)
+    return store
