@@ -1,7 +1,7 @@
 """The featurizer: gradients → projection → rows in a store, chunk by chunk.
 
 A run is its missing chunks. `fill` computes them, each in full before it is written, so that a
-process killed at any moment loses the chunk it was at and nothing else.
+process killed at any moment loses the chunk it was at, and the one being written, no more.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from tda.training.optimizer import Moments
 _PILOT_EXAMPLES = 64
 log = logging.getLogger(__name__)
 Compute = Callable[[Any, Rows], "Features"]  # (batch, rows)
-Filler = Callable[[tuple[int, int], Tick], None]  # computes and writes chunk (checkpoint, number)
+Write = Callable[[], None]
+Filler = Callable[[tuple[int, int], Tick], Write]  # computes chunk (checkpoint, number)
 
 
 @dataclass(frozen=True)
@@ -58,13 +59,23 @@ class Features:
             torch.cat([p.embedding for p in parts]),
         )
 
-    def at(self, places: np.ndarray) -> Features:
-        """The features of the examples at these places."""
+    def room(self, count: int) -> Features:
+        """Features like these of ``count`` examples, still to be put in."""
         return Features(
-            self.rows[places],
-            {name: values[places] for name, values in self.columns.items()},
-            self.embedding[places],
+            self.rows.new_empty(count, self.rows.shape[1]),
+            {name: values.new_empty(count) for name, values in self.columns.items()},
+            self.embedding.new_empty(count, self.embedding.shape[1]),
         )
+
+    def put(self, places: Rows, part: Features) -> None:
+        """Put in the features of the examples at these places."""
+        first, last = int(places[0]), int(places[-1]) + 1
+        in_order = last - first == len(places) and bool((np.diff(places) == 1).all())
+        where = slice(first, last) if in_order else torch.from_numpy(places)
+        self.rows[where] = part.rows
+        self.embedding[where] = part.embedding
+        for name, values in part.columns.items():
+            self.columns[name][where] = values
 
     def with_embedding(self, width: int) -> Features:
         """With an embedding of this width: zeros if the batch did not show one like it.
@@ -254,7 +265,7 @@ class Featurizer:
 
 
 def filler(featurizer: Featurizer, table: Table, dataset: Dataset, batch_size: BatchSize) -> Filler:
-    """What computes and writes one chunk of a table of these examples."""
+    """What computes one chunk of a table of these examples."""
     return partial(fill, featurizer, table, dataset, batch_size)
 
 
@@ -266,9 +277,9 @@ def fill(
     place: tuple[int, int],
     tick: Tick,
     compute: Compute | None = None,
-) -> None:
-    """Compute and write one chunk of a table, ``place`` = (checkpoint, chunk). ``tick(examples)``
-    a batch.
+) -> Write:
+    """Compute one chunk of a table, ``place`` = (checkpoint, chunk), and return what writes it.
+    ``tick(examples)`` a batch.
 
     compute: ``(batch, rows) -> Features`` of these rows, if not plainly the featurizer.
     Batches are cut within a chunk, so its bytes do not depend on what was done before; the next
@@ -278,18 +289,19 @@ def fill(
     checkpoint, chunk = place
     featurizer.at(checkpoint)
     start, stop = table.chunk_range(chunk)
-    parts, order = [], []
+    done: Features | None = None
     size, collate_with = featurizer.batch_size(batch_size, dataset), featurizer.task.collate
     for rows, batch in ahead(reading(dataset, start, stop, size, collate_with)):
         features = _features(featurizer, table, dataset, batch, rows, compute)
         _check_finite(features, table, rows, checkpoint)
-        parts.append(features.with_embedding(table.hidden or 0))
-        order.append(rows)
+        features = features.with_embedding(table.hidden or 0)
+        done = done or features.room(stop - start)
+        done.put(rows - start, features)
         tick(len(rows))
-    done = Features.concatenate(parts).at(np.argsort(np.concatenate(order)))
+    assert done is not None, "a chunk has examples"
     columns = {name: values.numpy() for name, values in done.columns.items()}
     embedding = done.embedding.numpy() if table.hidden else None
-    table.write(checkpoint, chunk, done.rows.numpy(), columns, embedding)
+    return partial(table.write, checkpoint, chunk, done.rows.numpy(), columns, embedding)
 
 
 def _features(

@@ -12,8 +12,9 @@ from tda.batch_size import BatchSize
 from tda.cluster import is_open, run
 from tda.data import Dataset, describe, part
 from tda.errors import MismatchError
-from tda.featurizer import Featurizer, Filler
+from tda.featurizer import Featurizer, Filler, Write
 from tda.progress import Tick
+from tda.reading import behind
 from tda.store import Table
 from tda.store.manifest import CURVATURE
 from tda.task import digest_of
@@ -38,6 +39,7 @@ class Filling:
         self.run, self.name, self.prepare = run, name, prepare
         self.dataset, self.batch_size = dataset, batch_size
         self._checked: set[int] | None = None  # checkpoints; None: this process described the data
+        self._write: Callable[[Write], None] = lambda write: write()
 
     def __reduce__(self) -> tuple:
         return _elsewhere, (self.run, self.name, self.prepare, self.dataset, self.batch_size)
@@ -55,7 +57,7 @@ class Filling:
             if self.table.is_finished(*place):
                 return  # by a worker that was given up too early
             self._check(*place)
-        self._compute(place, tick)
+        self._write(self._compute(place, tick))
 
     def finish(self, what: str, show: bool) -> None:
         """Every missing chunk."""
@@ -65,7 +67,8 @@ class Filling:
         if len(missing) < self.table.num_checkpoints * self.table.num_chunks:
             self.table.sweep()  # this goes on where another stopped
         spans = [self.table.chunk_range(chunk) for _, chunk in missing]
-        run(self, missing, [stop - start for start, stop in spans], what, show)
+        with behind() as self._write:
+            run(self, missing, [stop - start for start, stop in spans], what, show)
         if is_open():
             self.table.sweep()
 

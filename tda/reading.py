@@ -1,9 +1,11 @@
-"""Batches of a data set for the featurizer: read ahead, and of examples alike in length."""
+"""Batches of a data set for the featurizer: read ahead, and of examples alike in length; and what
+it makes, written behind."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
@@ -27,6 +29,24 @@ def ahead(items: Iterable[T]) -> Iterator[T]:
         while (item := following.result()) is not _END:
             following = reader.submit(next, source, _END)
             yield item
+
+
+@contextmanager
+def behind() -> Iterator[Callable[[Callable[[], None]], None]]:
+    """Hands out what takes an action and does it in a thread, after the one before; the last is
+    done when this is left. What an action raises is raised when the next is taken, or at the end.
+    """
+    last: list[Future[None]] = []
+    with ThreadPoolExecutor(1, thread_name_prefix="tda-writing") as writer:
+
+        def take(action: Callable[[], None]) -> None:
+            if last:
+                last.pop().result()
+            last.append(writer.submit(action))
+
+        yield take
+        if last:
+            last.pop().result()
 
 
 def reading(

@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 
 import tda
-from tda.reading import ahead, by_length
+from tda.errors import StoreError
+from tda.reading import ahead, behind, by_length
+from tda.store import Table
 
 NUM, VOCABULARY = 24, 30
 
@@ -149,3 +151,54 @@ def test_rows_of_texts_do_not_depend_on_how_they_are_batched(tmp_path):
     for size in (5, NUM):
         torch.testing.assert_close(rows[size], rows[1], rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(columns[size], columns[1], rtol=1e-5)
+
+
+def test_a_chunk_is_written_while_the_next_is_computed(tmp_path, monkeypatch):
+    """So that a disk as slow as the model costs nothing but its last chunk."""
+    data, write, overlapped = Numbered(), Table.write, []
+
+    def patient(table: Table, checkpoint: int, chunk: int, *parts: object) -> None:
+        last = table.chunk_range(chunk)[1] - 1
+        if last < COUNT - 1:
+            end = time.monotonic() + 5
+            while data.last <= last and time.monotonic() < end:
+                time.sleep(0.001)
+            overlapped.append(data.last > last)
+        write(table, checkpoint, chunk, *parts)
+
+    monkeypatch.setattr(Table, "write", patient)
+    task = tda.Task(torch.nn.Linear(4, 3), measurement="cross_entropy")
+    tda.index(task, data, tmp_path / "run", batch_size=BATCH, chunk_rows=BATCH, progress=False)
+    assert overlapped == [True] * (COUNT // BATCH - 1)
+    assert tda.open(tmp_path / "run").verify() == []
+
+
+def test_what_fails_in_writing_is_raised_and_the_rest_is_kept(tmp_path, monkeypatch):
+    write = Table.write
+
+    def failing(table: Table, checkpoint: int, chunk: int, *parts: object) -> None:
+        if chunk == 2:
+            raise StoreError("the disk is full")
+        write(table, checkpoint, chunk, *parts)
+
+    monkeypatch.setattr(Table, "write", failing)
+    task = tda.Task(torch.nn.Linear(4, 3), measurement="cross_entropy")
+    with pytest.raises(StoreError, match="the disk is full"):
+        tda.index(
+            task, Numbered(), tmp_path / "run", batch_size=BATCH, chunk_rows=BATCH, progress=False
+        )
+    missing = tda.open(tmp_path / "run").store.table("train").missing()
+    assert missing == [(0, 2), (0, 3), (0, 4)]
+
+
+def test_the_writer_is_done_when_the_work_fails():
+    done = []
+
+    def work() -> None:
+        with behind() as write:
+            write(lambda: (time.sleep(0.05), done.append(1)))
+            raise ValueError("elsewhere")
+
+    with pytest.raises(ValueError, match="elsewhere"):
+        work()
+    assert done == [1]

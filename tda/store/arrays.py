@@ -68,6 +68,8 @@ class ArraySpec:
 
     def pack(self, values: np.ndarray) -> np.ndarray:
         """The chunk that begins with ``values [r, ...]``, padded with the fill value."""
+        if len(values) == self.chunk_rows:
+            return np.ascontiguousarray(values, self.stored).reshape(self.chunks)
         whole = np.full(self.chunks, _FILL[self.dtype], self.stored)
         rows = whole[0] if self.per_checkpoint else whole
         rows[: len(values)] = values
