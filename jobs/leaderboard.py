@@ -62,24 +62,37 @@ cells, truth, tables = module("cells"), module("truth"), module("tables")
 kept, others = module("kept"), module("others")
 
 
-def cells_of(
-    num_models: int, num_queries: int, adam: bool, peers: Iterable[str], more: bool
-) -> list[Any]:
-    """Every cell of a task, the cheap and telling ones first."""
+def traits(work: Any, quick: bool) -> dict[str, Any]:
+    """Of a task: what decides which cells it has."""
+    course, num_queries = work.course(quick), len(work.test_set(quick)["target"])
+    return {
+        "num_queries": num_queries,
+        "num_models": course.num_models,
+        "adam": course.optimizer == "adamw",
+        "no_labels": work.output is not None,
+    }
+
+
+def cells_of(about: dict[str, Any], peers: Iterable[str], more: bool) -> list[Any]:
+    """Every cell of a task of these traits, the cheap and telling ones first."""
+    num_models = about["num_models"]
     methods = (*others.METHODS, *(others.MORE_METHODS if more else ()))
     asked = [of for of in methods if of[0] in peers]
     by_peers = []
     for peer, method, damping, which, number in asked:
         known = number if which != "models" else min(number, num_models)
-        about = {"peer": peer, "damping": damping, "checkpoints": which, "number": known}
-        by_peers.append(cells.Cell(kind="peer", method=method, **about))
-    found = [*cells.of_one_model(wide=False), *(cells.of_adam() if adam else ()), *by_peers]
-    found += cells.of_several(num_models)
+        given = {"peer": peer, "damping": damping, "checkpoints": which, "number": known}
+        by_peers.append(cells.Cell(kind="peer", method=method, **given))
+    found = [*cells.of_one_model(wide=False), *(cells.of_adam() if about["adam"] else ())]
+    found += cells.of_output(num_models) if about.get("no_labels") else ()
+    found += [*by_peers, *cells.of_several(num_models)]
     found += [*cells.of_one_model(wide=True), *cells.of_curve()]
     if more:
-        replayed = min(20, num_queries)
+        replayed = min(20, about["num_queries"])
         found.append(cells.Cell(kind="replay", method="replay", num_queries=replayed, damping="–"))
         found += [*cells.of_recipes(), *cells.of_grid()]
+    if about.get("no_labels"):
+        found = [cell for cell in found if not cell.needs_labels]
     return list(dict.fromkeys(found))
 
 
@@ -98,9 +111,7 @@ def fill(
     """Compute what is missing of a task's cells; a cell that fails, or takes more than ``minutes``,
     leaves a row that says why."""
     work, path = module(task, suite).WORK, truth.folder(task, quick)
-    course = work.course(quick)
-    numbers = (course.num_models, len(work.test_set(quick)["target"]))
-    asked = cells_of(*numbers, course.optimizer == "adamw", peers, more)
+    asked = cells_of(traits(work, quick), peers, more)
     asked = [c for c in asked if c.part in parts and (not methods or c.method in methods)]
     asked = [c for c in asked if c not in passed_over]
     needed: set[Any] = set()
@@ -221,22 +232,17 @@ def results(task: str, quick: bool = False, suite: Path = SUITE) -> dict[str, An
         f"{work.truth['removed']:.0%} × {removal[1]} seed; {half[2]} queries. "
         + "; ".join(f"ceiling ({k}) {v:.3f}" for k, v in ceilings.items() if v is not None)
     )
-    course = work.course(quick)
     told = {
         "digest": kept.digest(truths),
         "retrainings": half[0] * half[1] + removal[0] * removal[1],
-        "num_queries": half[2],
-        "num_models": course.num_models,
-        "adam": course.optimizer == "adamw",
+        **traits(work, quick),
     }
     return {"truth": told, "about": about, "ceilings": ceilings, "rows": rows}
 
 
 def lacking(found: dict[str, Any]) -> str:
     """A task's rows of the table that are not there yet."""
-    numbers = found["truth"]
-    about = (numbers["num_models"], numbers["num_queries"], numbers["adam"])
-    asked = cells_of(*about, others.SCRIPTS, more=False)
+    asked = cells_of(found["truth"], others.SCRIPTS, more=False)
     there = {kept.name_of(row) for row in found["rows"]}
     missing = [cell.spec() for cell in asked if cell.part == "table"]
     missing = [spec for spec in missing if kept.name_of({"cell": spec}) not in there]

@@ -126,11 +126,21 @@ def test_gpt_sees_no_later_character():
     assert (first[6] - second[6]).abs().max() > 1e-3
 
 
-def test_noise_is_a_constant_and_an_example_s_loss_its_own():
+def test_noise_is_an_example_s_own_and_drawn_once():
+    """Noise that all examples share would be learned by heart, and data would not matter."""
     torch.manual_seed(0)
-    model, images = networks.Denoiser(), torch.rand(3, 1, 14, 14)
-    whole = networks.denoising_losses(model, images)
-    torch.testing.assert_close(whole[1:2], networks.denoising_losses(model, images[1:2]))
+    model, images = networks.Denoiser(), torch.rand(3, 196)
+    inputs = networks.with_noise(images)
+    torch.testing.assert_close(inputs, networks.with_noise(images), rtol=0, atol=0)
+    noise = inputs[:, 1:].flatten(1)
+    assert torch.corrcoef(noise).fill_diagonal_(0).abs().max() < 0.15
+    whole = networks.denoising_losses(model, inputs)
+    torch.testing.assert_close(whole[1:2], networks.denoising_losses(model, inputs[1:2]))
+    levels = torch.tensor(networks.NOISE_SEEN)
+    kept = networks.kept_signal()[levels][:, None]
+    noisy = kept.sqrt() * images[0] + (1 - kept).sqrt() * inputs[0, 1:]
+    wanted = (model(noisy, levels) - inputs[0, 1:]).square().mean()
+    torch.testing.assert_close(whole[0], wanted)
     assert networks.kept_signal()[[0, -1]].tolist() == pytest.approx([0.999, 0], abs=1e-3)
 
 

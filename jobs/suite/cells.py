@@ -79,6 +79,7 @@ class Cell:
     query: str = "own"  # or what takes the place of the recipe's own: margin | loss
     blocks: str = "own"  # likewise: layer | whole
     layers: str = "own"  # likewise: learned, their weights
+    measured: str = "loss"  # or output: what the task offers to D-TRAK
     num_queries: int | None = None
     peer: str | None = None
     part: str = "table"  # where it is shown: table | curve | grid
@@ -89,6 +90,7 @@ class Cell:
         parts = [self.peer or self.kind, self.method, self.checkpoints, str(self.number)]
         parts += [self.projection or "", str(self.dim or ""), self.metric, self.damping]
         parts += [part for part in (self.query, self.blocks, self.layers) if part != "own"]
+        parts += [self.measured] if self.measured != "loss" else []
         parts += [self.dtype] if self.dtype != "bfloat16" else []
         parts = [*parts, self.part] if self.part == "curve" else parts
         return "-".join("".join(c if c.isalnum() or c in "._" else "_" for c in p) for p in parts)
@@ -104,6 +106,12 @@ class Cell:
         )  # fmt: skip
         has_table = self.method == AUTO or RECIPES[self.method].curvature_rows == "gauss_newton"
         return [store, replace(store, kind="table")] if has_table else [store]
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether its curvature is of labels that the model gives."""
+        recipe = RECIPES.get(self.method) if self.kind == "recipe" else None
+        return recipe is not None and recipe.curvature_rows == "gauss_newton"
 
     def spec(self) -> dict[str, Any]:
         return asdict(self)
@@ -170,6 +178,18 @@ def of_adam() -> Iterator[Cell]:
         yield Cell(kind="recipe", method=method, projection="count_sketch", dim=dim, metric="adam")
 
 
+def of_output(num_models: int) -> Iterator[Cell]:
+    """D-TRAK of a model whose output is no label: by its own output, and beside it by the loss."""
+    number = min(5, num_models)
+    for measured in ("output", "loss"):
+        for which, count in (("last", 1), ("models", number)):
+            dim = EACH_DIMS["count_sketch"]
+            yield Cell(
+                kind="recipe", method="d_trak", checkpoints=which, number=count,
+                projection="count_sketch", dim=dim, measured=measured,
+            )  # fmt: skip
+
+
 def of_grid() -> Iterator[Cell]:
     """The damping's whole path, to hold the automatic one against."""
     for name, recipe in RECIPES.items():
@@ -199,7 +219,7 @@ def task_of(work: Any, cell: Cell, path: Path, quick: bool) -> Task:
     return Task(
         whole.model,
         checkpoints=whole.checkpoints[: cell.number],
-        measurement=whole.measurement,
+        measurement=work.output if cell.measured == "output" else whole.measurement,
         metric=cell.metric,
     )
 

@@ -119,26 +119,29 @@ class Gpt(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """ε_θ(x_t, t) on 14 × 14 images: two resolutions, a skip, the noise level added twice."""
+    """ε_θ(x_t, t) of flat images ``[..., pixel]`` at levels of noise ``[...]``."""
 
-    def __init__(self, width: int = 16) -> None:
+    def __init__(self, width: int = 128) -> None:
         super().__init__()
-        self.level1, self.level2 = nn.Linear(16, width), nn.Linear(16, 2 * width)
-        self.first = nn.Conv2d(1, width, 3, padding=1)
-        self.down = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
-        self.middle = nn.Conv2d(2 * width, 2 * width, 3, padding=1)
-        self.up = nn.Conv2d(3 * width, width, 3, padding=1)
-        self.last = nn.Conv2d(width, 1, 3, padding=1)
+        self.layers = nn.Sequential(
+            nn.Linear(SIDE**2 + 16, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
+            nn.Linear(width, SIDE**2),
+        )  # fmt: skip
 
     def forward(self, noisy: Tensor, level: Tensor) -> Tensor:
         rates = torch.exp(torch.arange(8, device=noisy.device) * (-math.log(1000) / 8))
-        angles = level[:, None].float() * rates
-        wave = torch.cat([angles.sin(), angles.cos()], dim=1)
-        x = F.silu(self.first(noisy) + self.level1(wave)[:, :, None, None])
-        y = F.silu(self.down(x) + self.level2(wave)[:, :, None, None])
-        y = F.silu(self.middle(y)) + y
-        y = F.interpolate(y, scale_factor=2.0, mode="nearest")
-        return self.last(F.silu(self.up(torch.cat([x, y], dim=1))))
+        angles = level[..., None].float() * rates
+        wave = torch.cat([angles.sin(), angles.cos()], dim=-1)
+        return self.layers(torch.cat([noisy, wave], dim=-1))
+
+
+def with_noise(images: Tensor) -> Tensor:
+    """Images ``[example, pixel]``, each with its own noise, drawn once for every level it is seen
+    at: ``[example, 1 + level, pixel]``. So a loss is a number, the same whenever it is asked for.
+    """
+    shape = (len(images), len(NOISE_SEEN), images.shape[1])
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return torch.cat([images[:, None], noise], dim=1)
 
 
 def kept_signal() -> Tensor:
@@ -146,33 +149,24 @@ def kept_signal() -> Tensor:
     return torch.cumprod(1 - torch.linspace(1e-3, 0.2, NOISE_STEPS), 0)
 
 
-def noised(images: Tensor, level: Tensor, noise: Tensor) -> Tensor:
-    """x_t = √ᾱ_t·x + √(1−ᾱ_t)·ε."""
-    kept = kept_signal().to(images.device)[level][:, None, None, None]
-    return kept.sqrt() * images + (1 - kept).sqrt() * noise
+def denoised(model: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """(ε, ε_θ(x_t, t)) ``[example, level, pixel]``, x_t = √ᾱ_t·x + √(1−ᾱ_t)·ε."""
+    images, noise = inputs[:, :1], inputs[:, 1:]
+    level = torch.tensor(NOISE_SEEN, device=inputs.device)
+    kept = kept_signal().to(inputs.device)[level][:, None]
+    noisy = kept.sqrt() * images + (1 - kept).sqrt() * noise
+    return noise, model(noisy, level.expand(len(inputs), -1))
 
 
-def denoised(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """(ε, ε_θ) ``[level, example, 1, 14, 14]`` at fixed noise levels, the noise a constant."""
-    noise = torch.randn(
-        len(NOISE_SEEN), 1, 1, SIDE, SIDE, generator=torch.Generator().manual_seed(0)
-    ).to(images.device)
-    found = []
-    for epsilon, level in zip(noise, NOISE_SEEN, strict=True):
-        levels = torch.full((len(images),), level, device=images.device)
-        found.append(model(noised(images, levels, epsilon.expand_as(images)), levels))
-    return noise, torch.stack(found)
-
-
-def denoising_losses(model: nn.Module, images: Tensor) -> Tensor:
+def denoising_losses(model: nn.Module, inputs: Tensor) -> Tensor:
     """mean_t mean_pixel (ε − ε_θ(x_t, t))²  ``[example]``."""
-    noise, found = denoised(model, images)
-    return (noise - found).square().mean((0, 2, 3, 4))
+    noise, found = denoised(model, inputs)
+    return (noise - found).square().mean((1, 2))
 
 
-def squared_outputs(model: nn.Module, images: Tensor) -> Tensor:
+def squared_outputs(model: nn.Module, inputs: Tensor) -> Tensor:
     """mean_t mean_pixel ε_θ(x_t, t)²  ``[example]``: what D-TRAK differentiates."""
-    return denoised(model, images)[1].square().mean((0, 2, 3, 4))
+    return denoised(model, inputs)[1].square().mean((1, 2))
 
 
 def losses(task: str, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:

@@ -94,7 +94,13 @@ def _cells(row: Row) -> tuple[str, ...]:
 def _method(row: Row) -> str:
     """Its name, and what the cell set in the recipe or the recipe "auto" chose."""
     cell = row["cell"]
-    own = {"query": "own", "blocks": "own", "layers": "own", "metric": "euclidean"}
+    own = {
+        "query": "own",
+        "blocks": "own",
+        "layers": "own",
+        "metric": "euclidean",
+        "measured": "loss",
+    }
     given = [f"{k} = {cell[k]}" for k, value in own.items() if cell.get(k, value) != value]
     if cell["method"] == "auto" and "chosen" in row:
         given.append(row["chosen"])

@@ -22,15 +22,18 @@ network_of = load_code("networks.py:network", HERE)
 losses_of = load_code("networks.py:losses", HERE)
 
 
+Measured = str | Callable[..., Any] | Measurement
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Work:
     """A task of the suite, and a quick trial of everything that has fewer of all.
 
     data: "input", "target" and other columns of the training examples, then of the queries.
-    num_train, num_queries: of it, in the trial ``trial_sizes``. measurement: what is attributed.
-    training: of the `Course`; trial_training: what is another in the trial. initial: makes the
-    network before its first step, where that is not torch's. truth: num_halves, num_seeds,
-    num_removals, and removed, the share of a removal.
+    num_train, num_queries: of it, in the trial ``trial_sizes``. measurement: what is attributed;
+    output: what D-TRAK differentiates in place of it. training: of the `Course`; trial_training:
+    what is another in the trial. initial: makes the network before its first step, where that is
+    not torch's. truth: num_halves, num_seeds, num_removals, and removed, the share of a removal.
     """
 
     name: str
@@ -38,9 +41,10 @@ class Work:
     num_train: int
     num_queries: int
     trial_sizes: tuple[int, int] = (200, 20)
-    measurement: str | Callable[..., Any] | Measurement
+    measurement: Measured
     training: Mapping[str, Any]
     trial_training: Mapping[str, Any]
+    output: Measured | None = None
     initial: Callable[[], nn.Module] | None = None
     truth: Mapping[str, float] = field(default_factory=dict)
 
