@@ -70,7 +70,7 @@ class FakeRows:
     """The columns of a score matrix [query, train], as rows of training examples."""
 
     matrix: np.ndarray
-    num_checkpoints = 1
+    num_checkpoints = 2
     chunk_rows = 64
     dtype = "float32"
 
@@ -106,11 +106,12 @@ class FakeRun:
         return get_recipe(recipe)
 
     def prepare(self, name: str, recipe: Any) -> Prepared:
-        """score[q, i] = ⟨e_q, column i of the matrix⟩."""
+        """score[q, i] = ⟨e_q, column i of the matrix⟩, half of it from either checkpoint."""
         other = self.matrix if getattr(recipe, "name", recipe) == "influence" else self.cosine
         rows = FakeRows(other)
         chosen = get_recipe(recipe)
-        return Prepared(chosen, rows, (torch.eye(rows.dim),), torch.ones(1, rows.num_rows))
+        half = torch.eye(rows.dim) / 2
+        return Prepared(chosen, rows, (half, half), torch.ones(2, rows.num_rows))
 
     def top_k(self, name: str, k: int, recipe: Any) -> FakeTopK:
         return FakeTopK(self._ranking(-self.matrix, k), self._ranking(self.matrix, k))

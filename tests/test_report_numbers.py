@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from report_run import FakeRows, FakeRun, FakeTopK, Page, digits_run, fake_find
+from report_run import MANIFEST, FakeRows, FakeRun, FakeTopK, Page, digits_run, fake_find
 from scipy import stats
 
 from tda.evaluate.intervals import spearman
@@ -188,12 +188,15 @@ def test_the_score_matrix_is_never_held_whole(tmp_path, monkeypatch):
     @dataclass
     class Tiled(FakeRows):
         num_rows = num_train
+        num_checkpoints = 1
 
         def gather(self, checkpoint: int, indices: np.ndarray) -> torch.Tensor:
             return super().gather(checkpoint, np.asarray(indices) % 40)
 
         def rows(self, checkpoint: int, start: int, stop: int) -> torch.Tensor:
             return self.gather(checkpoint, np.arange(start, stop))
+
+    monkeypatch.setitem(MANIFEST, "checkpoints", MANIFEST["checkpoints"][:1])
 
     def prepare(name: str, recipe: Any) -> Prepared:
         queries = torch.eye(8).repeat(num_queries // 8, 1)

@@ -194,9 +194,11 @@ def query(
             k or opened.defaults.k,
         )
         top = opened.run.top_k(name, k=depth, recipe=chosen, approximate=approximate)
-    answer = answers.collect(opened.run, name, chosen.name, top, ids or ())
+    answer = answers.collect(opened.run, name, chosen, top, ids or ())
     for table in answer.tables(show):
         tables.show(table)
+    if show and answer.rule:
+        typer.echo(f"★ {answer.rule}: a screen, not a proof.")
     if answer.num_queries > show and out is None:
         typer.echo(f"{answer.num_queries - show} more queries: --show, --id or --out")
     if out is not None:

@@ -15,10 +15,12 @@ from rich.table import Table
 from tda.cli import tables
 from tda.cluster import is_open
 from tda.errors import ConfigError, DataError, StoreError
+from tda.scorer.signs import Signs, signs_of
 
 if TYPE_CHECKING:
     import dask.array as da
 
+    from tda.recipe import Recipe
     from tda.run import Run
     from tda.scorer.ranking import Ranking, TopK
 
@@ -32,6 +34,7 @@ class Answer:
     ``positions [m]`` are the rows of ``sides`` (and of the query table) that are shown. ``sides``:
     proponents, opponents and, beside them, the nearest by cosine of the last hidden layer, which
     needs no gradient. ``losses [m]`` are the queries' own. ``recall``: of an approximate search.
+    ``signs``: which scores keep their sign; None where nothing repeats.
     """
 
     run: str
@@ -44,6 +47,7 @@ class Answer:
     train_labels: Sequence[Any] | None
     sides: Mapping[str, Ranking]
     recall: float | None
+    signs: Signs | None = None
 
     @property
     def num_queries(self) -> int:
@@ -63,7 +67,18 @@ class Answer:
                         "train_index": index,
                         "train_label": _label(self.train_labels, index),
                         "score": float(ranking.scores[position][rank]),
+                        "reliable": self._reliable(side, position, rank),
                     }
+
+    def _reliable(self, side: str, position: int, rank: int) -> bool | None:
+        if self.signs is None or side == "nearest":
+            return None
+        return bool(getattr(self.signs, side)[position, rank])
+
+    @property
+    def rule(self) -> str:
+        """What a reliable score has passed."""
+        return "" if self.signs is None else self.signs.rule.says
 
     def tables(self, limit: int) -> Iterator[Table]:
         """One table a query: proponents to the left, then opponents, then the baseline."""
@@ -88,12 +103,13 @@ class Answer:
 
     def _cells(self, position: int, rank: int) -> list[str]:
         cells = [str(rank + 1)]
-        for ranking in self.sides.values():
+        for side, ranking in self.sides.items():
             index = int(ranking.indices[position][rank])
             cells += [
                 str(ranking.ids[position][rank]),
                 _text(_label(self.train_labels, index)),
-                f"{ranking.scores[position][rank]:+.3g}",
+                f"{ranking.scores[position][rank]:+.3g}"
+                + (" ★" if self._reliable(side, position, rank) else ""),
             ]
         return cells
 
@@ -109,6 +125,7 @@ class Answer:
                     "queries": self.query_set,
                     "recipe": self.recipe,
                     "recall": self.recall,
+                    "reliable": self.rule,
                 }
                 text = json.dumps({**head, "answers": list(self.rows())}, indent=1)
                 partial.write_text(text + "\n", encoding="utf-8")
@@ -125,8 +142,13 @@ class Answer:
         import pyarrow as pa
         from pyarrow import parquet
 
-        table = pa.Table.from_pylist(list(self.rows()))
+        rows = list(self.rows())
+        table = pa.Table.from_pylist(rows)
+        if self.signs is None:  # a column of nothing has a type all the same
+            at = table.column_names.index("reliable")
+            table = table.set_column(at, "reliable", pa.nulls(len(rows), pa.bool_()))
         about = {"run": self.run, "queries": self.query_set, "recipe": self.recipe}
+        about["reliable"] = self.rule
         parquet.write_table(table.replace_schema_metadata(about), path)
 
 
@@ -141,7 +163,7 @@ def check_format(path: Path) -> None:
         )
 
 
-def collect(run: Run, query_set: str, recipe: str, top: TopK, ids: Sequence[str]) -> Answer:
+def collect(run: Run, query_set: str, recipe: Recipe, top: TopK, ids: Sequence[str]) -> Answer:
     """The answers about the queries ``ids``, or about all. Raises DataError for an unknown id."""
     queries, train = run.store.table(f"queries/{query_set}"), run.store.table("train")
     query_ids = queries.column("id").tolist()
@@ -158,17 +180,19 @@ def collect(run: Run, query_set: str, recipe: str, top: TopK, ids: Sequence[str]
     if train.hidden:
         depth = top.proponents.indices.shape[1]
         sides["nearest"] = run.baseline_top_k(query_set, depth).proponents
+    asked = tuple(positions[name] for name in ids) or tuple(range(len(query_ids)))
     return Answer(
         run=str(run.path),
         query_set=query_set,
-        recipe=recipe,
-        positions=tuple(positions[name] for name in ids) or tuple(range(len(query_ids))),
+        recipe=recipe.name,
+        positions=asked,
         query_ids=query_ids,
         query_labels=_labels(queries),
         losses=queries.column("loss")[-1].tolist(),
         train_labels=_labels(train),
         sides=sides,
         recall=top.recall,
+        signs=signs_of(run.prepare(query_set, recipe), run.store.manifest, top, asked),
     )
 
 

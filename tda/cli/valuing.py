@@ -273,7 +273,7 @@ def _joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _listed(column: Any) -> list[Any]:
-    return column.tolist() if isinstance(column, np.ndarray) else list(column)
+    return column if isinstance(column, list) else column.tolist()
 
 
 def _row(mine: Values, ids: np.ndarray, index: int) -> tuple[str, ...]:

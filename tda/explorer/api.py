@@ -152,8 +152,8 @@ def _ask(api: APIRouter, explorer: Explorer, shown: Shown) -> None:
             num_kept=answer.num_kept,
             recall=answer.recall,
             seconds=answer.seconds,
-            proponents=shown.ranked(answer.proponents),
-            opponents=shown.ranked(answer.opponents),
+            proponents=shown.ranked(answer.proponents, explorer.signs(question, answer.proponents)),
+            opponents=shown.ranked(answer.opponents, explorer.signs(question, answer.opponents)),
         )
 
     @api.get("/sets/{name}/queries/{index}")

@@ -37,6 +37,7 @@ from tda.run import Run
 from tda.scorer import Prepared
 from tda.scorer.candidates import SAMPLE, RowIndex
 from tda.scorer.ranking import Heaps, clipped
+from tda.scorer.signs import SignRule, signs_survive
 from tda.store import Store
 from tda.store.files import Place
 
@@ -290,6 +291,19 @@ class Explorer:
             row = prepared.train.gather(c, [index])[0].to(q.dtype)
             total += (q @ row).double() * float(weights[index])
         return total.float().numpy()
+
+    # ---- whether a sign survives
+
+    def sign_rule(self, recipe: Recipe) -> SignRule:
+        return SignRule.of(self.store.manifest, recipe)
+
+    def signs(self, question: Question, ranked: Ranked) -> list[bool] | None:
+        """Which scores keep their sign (`tda.scorer.signs`); None where nothing repeats."""
+        prepared, query = self._embedded(question)
+        alone = replace(prepared, queries=tuple(q[None] for q in query))
+        pairs = np.zeros(len(ranked.indices), np.int64)
+        found = signs_survive(alone, self.sign_rule(question.recipe), pairs, ranked.indices)
+        return None if found is None else found.tolist()
 
     # ---- layers
 

@@ -19,8 +19,10 @@ from tda.report.data import Example
 from tda.report.examples import Gallery
 from tda.report.rollups import categories
 from tda.store import Store, Table
-from tda.store.files import Place, Stat, stat_file
+from tda.store.files import Place, Stat, list_folders, stat_file
+from tda.store.manifest import NAME, read_manifest
 from tda.store.steady import Steady
+from tda.store.table import QUERIES, has_table
 
 Order = Literal["position", "lowest_p", "largest_loss"]
 COLUMNS = ("source", "group", "label")  # by which examples are grouped and filtered
@@ -42,7 +44,7 @@ class Library:
 
     def stamp(self, name: str) -> tuple[Stat | None, ...]:
         """Changes when the table is extended, or the run is."""
-        files = (self.path / "manifest.json", self.path / name / "done" / "static.json")
+        files = (self.path / NAME, self.path / name / "done" / "static.json")
         return tuple(stat_file(file) for file in files)
 
     def shelf(self, name: str) -> Shelf:
@@ -76,7 +78,14 @@ class Library:
         return self.shelf(f"queries/{name}")
 
     def query_sets(self) -> list[str]:
-        return Store.open(self.path).queries()
+        """Their names, sorted. Raises StoreError where there is no run any more.
+
+        Of the folders alone: a run may have thousands of files, and a page asks several times.
+        """
+        if stat_file(self.path / NAME) is None:
+            read_manifest(self.path)  # says so
+        found = list_folders(self.path / QUERIES)
+        return sorted(name for name in found if has_table(self.path, f"{QUERIES}/{name}"))
 
 
 class AbsentError(DataError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import parse_qsl
@@ -112,6 +112,13 @@ class Pages:
     def scored(self, ranked: Ranked, shelf: Shelf | None = None) -> tuple[Scored, ...]:
         shelf = shelf or self.explorer.library.train
         return shelf.gallery.scored(ranked.indices.tolist(), ranked.scores)
+
+    def answered(self, question: Question, ranked: Ranked) -> tuple[Scored, ...]:
+        """The same of an answer, with what is known of the signs."""
+        found, signs = self.scored(ranked), self.explorer.signs(question, ranked)
+        if signs is None:
+            return found
+        return tuple(replace(x, reliable=sure) for x, sure in zip(found, signs, strict=True))
 
     def marked(self, *lists: tuple[Scored, ...]) -> dict[int, Mark]:
         """The marks of the training examples shown, by position."""
@@ -222,7 +229,9 @@ def _questions(found: APIRouter, explorer: Explorer, pages: Pages) -> None:
         question, depth = pages.question(asked), pages.depth(asked)
         search: Search = "exact" if asked.exact else "auto"
         answer = explorer.answer(question, depth, asked.keep, search)
-        for_, against = pages.scored(answer.proponents), pages.scored(answer.opponents)
+        sides = answer.proponents, answer.opponents
+        for_, against = (pages.answered(question, side) for side in sides)
+        rule = explorer.sign_rule(question.recipe)
         layers = None
         if explorer.layers and question.query is not None:
             layers = _layers(explorer, question, answer.proponents, answer.opponents)
@@ -233,6 +242,7 @@ def _questions(found: APIRouter, explorer: Explorer, pages: Pages) -> None:
             "recipe": question.recipe,
             "damping": explorer.damping_used(question.query_set, question.recipe),
             "layers": layers,
+            "signs": rule.says if rule.tells else "",
             "marked": pages.marked(for_, against),
         }
 

@@ -56,6 +56,7 @@ class ExampleOut(BaseModel):
 class ScoredOut(BaseModel):
     example: ExampleOut
     score: float
+    reliable: bool | None = None
 
 
 class RecipeOut(BaseModel):

@@ -34,9 +34,11 @@ class Shown:
         name = shelf.table.name.removeprefix("queries/")
         return _example(shelf.example(index), f"/api/sets/{name}/queries/{index}/image")
 
-    def ranked(self, ranked: Ranked) -> list[ScoredOut]:
-        pairs = zip(ranked.indices.tolist(), ranked.scores.tolist(), strict=True)
-        return [ScoredOut(example=self.train(i), score=s) for i, s in pairs]
+    def ranked(self, ranked: Ranked, signs: list[bool] | None = None) -> list[ScoredOut]:
+        indices, scores = ranked.indices.tolist(), ranked.scores.tolist()
+        sure: list[bool | None] = [None] * len(indices) if signs is None else [*signs]
+        each = zip(indices, scores, sure, strict=True)
+        return [ScoredOut(example=self.train(i), score=s, reliable=r) for i, s, r in each]
 
 
 def _example(example: Example, picture: str) -> ExampleOut:

@@ -11,7 +11,8 @@ import numpy as np
 
 from tda.report.data import Ledger, Values
 from tda.report.findings import Findings
-from tda.valuation import inert
+from tda.scorer.signs import Signs
+from tda.valuation import Suspects, inert
 
 SIDES = ("proponents", "opponents")
 
@@ -23,10 +24,11 @@ def ledger(
     found: Findings,
     top: Any,
     groups: Mapping[str, np.ndarray] = MappingProxyType({}),
+    signs: Signs | None = None,
 ) -> Ledger:
     """What is known of every training example, and the answers to every query (Galleries in).
 
-    groups: more columns of the training set, ``[train]``.
+    groups: more columns of the training set, ``[train]``. signs: of ``top``, those that survive.
     """
     columns = {"id": train.ids}
     for name in ("label", "source", "group"):
@@ -36,10 +38,8 @@ def ledger(
     columns |= groups
     others = {} if found.knn is None else {"knn_shapley": found.knn}
     if found.suspects is not None:
-        flagged = found.suspects.flagged
-        suggested = np.where(flagged, found.suspects.suggested.astype(str), "")
-        others = {**others, "suggested_label": suggested}
-    return Ledger(columns, flags(values, found), others, answers(queries, top))
+        others = {**others, "suggested_label": suggested_labels(found.suspects)}
+    return Ledger(columns, flags(values, found), others, answers(queries, top, signs))
 
 
 def flags(values: Values, found: Findings) -> dict[str, np.ndarray]:
@@ -66,11 +66,10 @@ def flags(values: Values, found: Findings) -> dict[str, np.ndarray]:
     return made
 
 
-def answers(queries: Any, top: Any) -> dict[str, np.ndarray]:
+def answers(queries: Any, top: Any, signs: Signs | None = None) -> dict[str, np.ndarray]:
     """One row a query, side and rank; only what has the sign of its side."""
-    parts: dict[str, list[np.ndarray]] = {
-        name: [] for name in ("query", "side", "rank", "train", "train_index", "score")
-    }
+    names = ("query", "side", "rank", "train", "train_index", "score", "reliable")
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
     if top is None:
         return {}
     for side, ranking in zip(SIDES, (top.proponents, top.opponents), strict=True):
@@ -82,6 +81,8 @@ def answers(queries: Any, top: Any) -> dict[str, np.ndarray]:
         parts["train"].append(np.asarray(ranking.ids)[row, rank])
         parts["train_index"].append(np.asarray(ranking.indices)[row, rank])
         parts["score"].append(np.asarray(ranking.scores, np.float64)[row, rank])
+        sure = None if signs is None else getattr(signs, side)[row, rank]
+        parts["reliable"].append(np.full(len(row), None) if sure is None else sure)
     return {name: np.concatenate(of) for name, of in parts.items()}
 
 
@@ -94,29 +95,36 @@ def value_columns(
     sure = values.sure
     given = book.columns
     found: dict[str, Any] = {
-        "id": _plain(given["id"]),
+        "id": _texts(given["id"]),
         "value": values.mean.astype(np.float64),
         "ci_lo": nothing if sure is None else sure.low,
         "ci_hi": nothing if sure is None else sure.high,
         "self_influence": nothing if self_influence is None else self_influence,
-        "group": _plain(given["group"]) if "group" in given else nothing,
+        "group": _texts(given["group"]) if "group" in given else nothing,
         "flags": flag_lists(book.flags, count),
         "standard_error": nothing if sure is None else sure.standard_error,
         "p": nothing if sure is None else sure.p,
         "q": nothing if sure is None else sure.q,
         "reliable": nothing if sure is None else sure.reliable,
     }
-    found |= {name: _plain(of) for name, of in given.items() if name not in ("id", "group")}
-    return {**found, **{name: _plain(of) for name, of in book.others.items()}}
+    found |= {name: _texts(of) for name, of in given.items() if name not in ("id", "group")}
+    return {**found, **{name: _texts(of) for name, of in book.others.items()}}
 
 
-def flag_lists(flagged: Mapping[str, np.ndarray], count: int) -> list[list[str]]:
-    """The names of the flags of each example."""
-    lists: list[list[str]] = [[] for _ in range(count)]
-    for name, mask in flagged.items():
-        for index in np.flatnonzero(mask).tolist():
-            lists[index].append(name)
-    return lists
+def suggested_labels(suspects: Suspects) -> np.ndarray:
+    """``[train]`` str, empty where the label is not in doubt."""
+    labels, place = np.unique(suspects.suggested, return_inverse=True)
+    return np.append(labels.astype(str), "")[np.where(suspects.flagged, place, len(labels))]
+
+
+def flag_lists(flagged: Mapping[str, np.ndarray], count: int) -> Any:
+    """The names of the flags of each example, as an Arrow array of lists."""
+    import pyarrow as pa
+
+    each = np.array([*flagged.values()], bool).reshape(len(flagged), count).T
+    names = pa.array([*flagged], pa.string()).take(pa.array(np.nonzero(each)[1]))
+    ends = np.append(0, np.cumsum(each.sum(1)))
+    return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), names)
 
 
 def parquet(columns: Mapping[str, Any], about: Mapping[str, str]) -> bytes:
@@ -126,7 +134,9 @@ def parquet(columns: Mapping[str, Any], about: Mapping[str, str]) -> bytes:
 
     kinds = {"flags": pa.list_(pa.string()), "group": pa.string(), **_types_of_numbers(pa)}
     arrays = {
-        name: pa.array(values, type=kinds.get(name), from_pandas=True)
+        name: values
+        if isinstance(values, pa.Array)
+        else pa.array(values, type=kinds.get(name), from_pandas=True)
         for name, values in columns.items()
     }
     file = io.BytesIO()
@@ -141,7 +151,7 @@ def _types_of_numbers(pa: Any) -> dict[str, Any]:
     return {**dict.fromkeys(numbers, pa.float64()), "reliable": pa.bool_()}
 
 
-def _plain(column: Sequence[Any] | np.ndarray) -> Any:
-    """Strings as Python's: NumPy's carry the width of the longest."""
+def _texts(column: Sequence[Any] | np.ndarray) -> Any:
+    """Objects as the strings, or whatever, that they are."""
     array = np.asarray(column)
-    return array.tolist() if array.dtype.kind in "USO" else array
+    return array.tolist() if array.dtype.kind == "O" else array

@@ -295,6 +295,7 @@ class ReportData:
     rollups: tuple[Rollup, ...] = ()
     class_matrix: ClassMatrix | None = None
     agreements: tuple[Agreement, ...] = ()
+    signs: str = ""  # what the sign of a reliable score has passed; nothing where that is unknown
     notes: tuple[str, ...] = field(default=())  # what could not be shown, and why
 
     @property

@@ -128,7 +128,7 @@ def with_difference(data: ReportData, before: Before, summary: Mapping[str, Any]
     there = np.array([j for _, j in pairs], np.int64)
     now, then = data.values.mean[here], before.values[there]
     rank = spearman(now, then) if len(pairs) > 1 else float("nan")
-    ours = flag_lists(data.ledger.flags, data.num_train)
+    ours = flag_lists(data.ledger.flags, data.num_train).to_pylist()
     return replace(
         data,
         difference=Difference(

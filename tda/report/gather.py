@@ -46,7 +46,9 @@ from tda.report.rollups import (
 )
 from tda.report.trust import judge
 from tda.run import Run
+from tda.scorer import Prepared
 from tda.scorer.moments import Moments, moments, scores_at
+from tda.scorer.signs import Signs, signs_of
 from tda.store import Store
 from tda.store.steady import SteadyStore
 from tda.valuation.groupings import Groupings, read_groups
@@ -98,6 +100,8 @@ def collect(
     asked, held = labels_of(queries), labels_of(train)
     averages = None if asked is None or held is None else averaging(asked)
     found = moments(prepared, averages)
+    matrix = class_matrix(found.averages, asked, held)
+    found = replace(found, averages=found.averages[:0])  # as large as the training set, each
 
     self_influence, self_note = _self_influence(run, chosen)
     evidence = find(run, query_name, chosen, self_influence, with_knn)
@@ -106,7 +110,8 @@ def collect(
     order = np.argsort(-values.mean, kind="stable")
     best = [int(i) for i in order[:NUM_EXTREMES] if values.mean[i] > 0]
     worst = [int(i) for i in order[::-1][:NUM_EXTREMES] if values.mean[i] < 0]
-    top, answered, baseline_note = _answers(run, query_name, chosen, k, shown, queries, train)
+    top, signs = _top(run, query_name, chosen, k, prepared)
+    answered, baseline_note = _answers(run, query_name, k, shown, queries, train, top, signs)
     decisions = decide(train, queries, values, self_influence, evidence)
 
     found_agreements: tuple[Agreement, ...] = ()
@@ -142,14 +147,15 @@ def collect(
         train_p=train.last("p"),
         highest_loss=() if loss is None else _largest(train, loss, NUM_EXTREMES),
         rollups=rollups(train, values, self_influence, evidence, given.columns),
-        class_matrix=class_matrix(found.averages, asked, held),
+        class_matrix=matrix,
         agreements=(*agreements, *found_agreements),
         notes=(*notes, *self_note, *baseline_note, *evidence.notes),
         decisions=decisions,
         trust=judge(values, evidence).with_removals(removal.measured),
         removal=removal,
-        ledger=ledger(train, queries, values, evidence, top, given.columns),
+        ledger=ledger(train, queries, values, evidence, top, given.columns, signs),
         example=train.example,
+        signs="" if signs is None else signs.rule.says,
     )
 
 
@@ -252,17 +258,25 @@ def _other_scores(
     return scores, notes
 
 
+def _top(
+    run: Any, query_name: str, recipe: Recipe, k: int, prepared: Prepared
+) -> tuple[Any, Signs | None]:
+    """The top answers to every query, and which of their signs survive."""
+    top = run.top_k(query_name, k, recipe)
+    return top, signs_of(prepared, run.store.manifest, top)
+
+
 def _answers(
     run: Any,
     query_name: str,
-    recipe: Recipe,
     k: int,
     shown: list[int],
     queries: Gallery,
     train: Gallery,
-) -> tuple[Any, tuple[Query, ...], list[str]]:
-    """The top answers, the shown queries with theirs, and why there is no baseline if so."""
-    top = run.top_k(query_name, k, recipe)
+    top: Any,
+    signs: Signs | None,
+) -> tuple[tuple[Query, ...], list[str]]:
+    """The shown queries with their answers, and why there is no baseline if so."""
     notes = []
     try:
         nearest = run.baseline_top_k(query_name, k, shown).proponents
@@ -270,15 +284,20 @@ def _answers(
         nearest = None
         notes.append(f"No embedding baseline: {error.what}.")
 
-    def strongest(ranking: Any, row: int, sign: int) -> tuple[Scored, ...]:
+    def strongest(side: str, row: int, sign: int) -> tuple[Scored, ...]:
+        ranking = getattr(top, side)
         keep = sign * ranking.scores[row] > 0  # with k close to n the far end has the other sign
-        return train.scored(ranking.indices[row][keep], ranking.scores[row][keep])
+        found = train.scored(ranking.indices[row][keep], ranking.scores[row][keep])
+        if signs is None:
+            return found
+        sure = getattr(signs, side)[row][keep].tolist()
+        return tuple(replace(x, reliable=r) for x, r in zip(found, sure, strict=True))
 
     answered = tuple(
         Query(
             example=queries.example(row),
-            proponents=strongest(top.proponents, row, 1),
-            opponents=strongest(top.opponents, row, -1),
+            proponents=strongest("proponents", row, 1),
+            opponents=strongest("opponents", row, -1),
             nearest=()
             if nearest is None
             else train.scored(nearest.indices[place], nearest.scores[place]),
@@ -286,7 +305,7 @@ def _answers(
         )
         for place, row in enumerate(shown)
     )
-    return top, answered, notes
+    return answered, notes
 
 
 def _self_influence(run: Any, recipe: Recipe) -> tuple[np.ndarray, list[str]]:

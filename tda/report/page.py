@@ -164,7 +164,9 @@ def files_of(data: ReportData) -> dict[str, bytes]:
     return {
         "summary.json": summary.encode("utf-8"),
         "values.parquet": parquet(columns, values),
-        "top_k.parquet": parquet({n: _strings(of) for n, of in book.answers.items()}, about),
+        "top_k.parquet": parquet(
+            {n: _strings(of) for n, of in book.answers.items()}, {**about, "reliable": data.signs}
+        ),
         "actions.csv": as_csv(data.decisions.actions, data.values, book.columns).encode("utf-8"),
     }
 

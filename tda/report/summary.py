@@ -30,6 +30,7 @@ def summarise(data: ReportData) -> dict[str, Any]:
         "num_checkpoints": len(data.card.checkpoints),
         "num_shown": len(data.queries),
         "selection": data.selection,
+        "signs": data.signs,
         "values": {
             "num_helping": values.num_helping,
             "num_hurting": values.num_hurting,
@@ -118,7 +119,9 @@ def _example(example: Example) -> dict[str, Any]:
 def _scored(scored: Scored, name: str) -> dict[str, Any]:
     found = {**_example(scored.example), name: scored.score}
     if scored.low is not None:
-        found |= {"ci_lo": scored.low, "ci_hi": scored.high, "reliable": scored.reliable}
+        found |= {"ci_lo": scored.low, "ci_hi": scored.high}
+    if scored.low is not None or scored.reliable is not None:
+        found["reliable"] = scored.reliable
     return found
 
 

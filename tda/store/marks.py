@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -61,6 +62,7 @@ class Mark:
         return seal({"rows": list(self.rows), "config": self.config, "files": files})
 
     @staticmethod
+    @lru_cache(maxsize=4096)  # a run is looked through many times, and its marks stay as they are
     def parse(data: bytes) -> Mark | None:
         """The mark, or None if ``data`` is not exactly what :meth:`to_bytes` wrote."""
         parts = unseal(data)

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -22,11 +21,9 @@ from tda import scorer
 from tda.errors import DataError, MismatchError
 from tda.recipe import Recipe
 from tda.run import Run
+from tda.scorer.replicates import num_parts, trainings
 from tda.valuation.frames import frame
 from tda.valuation.significance import Significance, significance_of
-
-PARTS = 16  # of a projection's dimensions; fewer tell little of its error, more cost more
-_RANDOM = ("count_sketch", "rademacher")  # their dimensions are exchangeable
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,8 +157,8 @@ def _one_run(run: Run, queries: Any, recipe: Recipe, by: Any) -> Values:
     table = run.store.table(f"queries/{name}")
     slices, member = _slices(table, by)
     prepared = scorer.prepare(run.store, recipe, table)
-    terms, parts = _terms(prepared, member, _num_parts(run, recipe))
-    groups, independent = _trainings(run.store.manifest["checkpoints"], recipe)
+    terms, parts = _terms(prepared, member, num_parts(run.store.manifest, recipe))
+    groups, independent = trainings(run.store.manifest["checkpoints"], recipe)
     # Each training is a replicate of the whole: the mean of replicates is the sum of all terms.
     replicates = np.stack([len(groups) * terms[group].sum(0) for group in groups])
     counts = member.sum(1).astype(np.int64)
@@ -191,14 +188,6 @@ def _slices(table: Any, by: Any) -> tuple[tuple[str, ...], np.ndarray]:
     if not member.sum(1).all():
         raise DataError("a slice holds no query", where=f"query set {table.name!r}", found=by)
     return tuple(str(name) for name in names), member
-
-
-def _num_parts(run: Run, recipe: Recipe) -> int:
-    """Into how many parts the projection is cut: 1 where its parts do not add up to the score."""
-    projection = run.store.manifest["projection"]
-    separable = recipe.curvature == "identity" and recipe.normalize == "none"
-    enough = projection["dim"] >= 2 * PARTS
-    return PARTS if separable and enough and projection["kind"] in _RANDOM else 1
 
 
 def _terms(
@@ -235,28 +224,12 @@ def projection_parts(
 
     None where the projection has no exchangeable parts (see `values`).
     """
-    num_parts = _num_parts(run, recipe)
-    if num_parts == 1:
+    pieces = num_parts(run.store.manifest, recipe)
+    if pieces == 1:
         return None
     prepared = scorer.prepare(run.store, recipe, run.store.table(f"queries/{queries}"))
-    parts = np.zeros((num_parts, len(examples)))
+    parts = np.zeros((pieces, len(examples)))
     for c, (q, r) in enumerate(zip(prepared.queries, prepared.row_weights, strict=True)):
         rows = prepared.train.gather(c, examples).double() * r[examples, None]
-        parts += (_cut(q.double().sum(0)[None], num_parts) @ _cut(rows, num_parts).mT)[:, 0].numpy()
+        parts += (_cut(q.double().sum(0)[None], pieces) @ _cut(rows, pieces).mT)[:, 0].numpy()
     return parts
-
-
-def _trainings(checkpoints: list[dict[str, Any]], recipe: Recipe) -> tuple[list[list[int]], bool]:
-    """(checkpoints of every replicate, whether replicates are separate trainings)."""
-    steps = [checkpoint.get("step") for checkpoint in checkpoints]
-    groups = [[0]]
-    for index, (before, after) in enumerate(pairwise(steps), start=1):
-        if before is not None and after is not None and after <= before:
-            groups.append([index])
-        else:
-            groups[-1].append(index)
-    if len(groups) > 1:
-        return groups, True
-    if recipe.checkpoint_weight != "mean" or recipe.function == "unrolled":
-        return groups, False
-    return [[index] for index in groups[0]], False

@@ -21,11 +21,13 @@ from tda.scorer.ranking import limit_faiss_threads
 EXACT = 5 * 10**8  # products of a query with an example: 22,000 examples among each other
 SCANNED = 10**9
 PROBES, MOST_PROBES = 4, 64
-AROUND = 32  # neighbours that a space keeps of its examples
+AROUND = 16  # neighbours that a space keeps of its examples: copies form chains, votes take 15
 ROUNDING = 1e-6  # of a cosine in float32
 _MEASURED = 256  # queries that recall is measured on
 _BLOCK = 2**16  # queries searched at a time
 _TRAINED_ON = 40  # examples a cell: fewer make FAISS warn
+
+Closest = tuple[np.ndarray, np.ndarray]  # cosines float32 and cells int64 [query, probe]
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,9 +56,9 @@ class Space:
         k = min(k, len(self.unit))
         if len(queries) * len(self.unit) <= EXACT:
             return Neighbours(*_search(self._flat, queries, k))
-        afforded = SCANNED * self._cells.nlist // (len(queries) * len(self.unit))
-        self._cells.nprobe = min(max(PROBES, afforded), MOST_PROBES)
-        indices, similarity = _search(self._cells, queries, k)
+        cells, own = self._cells
+        closest = own if queries is self.unit else self._closest(cells, queries)
+        indices, similarity = _search(cells, queries, k, closest)
         short = np.flatnonzero((indices < 0).any(1))  # its cells hold fewer than k: no −1 goes out
         indices[short], similarity[short] = _search(self._flat, queries[short], k)
         return Neighbours(indices, similarity, self._recall(queries, similarity))
@@ -86,8 +88,10 @@ class Space:
         return index
 
     @cached_property
-    def _cells(self) -> Any:
+    def _cells(self) -> tuple[Any, Closest]:
+        """(examples sorted into cells, the closest cells of each example)."""
         import faiss
+        from faiss.contrib.ivf_tools import add_preassigned
 
         limit_faiss_threads()
         n, dim = self.unit.shape
@@ -96,15 +100,23 @@ class Space:
         index.cp.niter = 5
         some = np.random.default_rng(0).choice(n, min(n, _TRAINED_ON * cells), replace=False)
         index.train(self.unit[np.sort(some)])
-        index.add(self.unit)
-        return index
+        own = self._closest(index, self.unit)
+        add_preassigned(index, self.unit, np.ascontiguousarray(own[1][:, 0]))
+        return index, own
+
+    def _closest(self, index: Any, queries: np.ndarray) -> Closest:
+        """Cells to look into, as many as can be afforded."""
+        limit_faiss_threads()
+        afforded = SCANNED * index.nlist // (len(queries) * len(self.unit))
+        probes = min(max(PROBES, afforded), MOST_PROBES, index.nlist)
+        return index.quantizer.search(queries, probes)
 
     def _recall(self, queries: np.ndarray, similarity: np.ndarray) -> float:
         some = np.unique(np.linspace(0, len(queries) - 1, _MEASURED).round().astype(np.int64))
         k, exact = similarity.shape[1], np.empty(len(some), np.float32)
         for start in range(0, len(some), 16):
-            part = queries[some[start : start + 16]] @ self.unit.T
-            exact[start : start + 16] = np.partition(part, -k, axis=1)[:, -k]
+            part = torch.from_numpy(queries[some[start : start + 16]] @ self.unit.T)
+            exact[start : start + 16] = part.topk(k, dim=1).values[:, -1].numpy()
         return float((similarity[some] >= exact[:, None] - ROUNDING).mean())
 
 
@@ -125,12 +137,20 @@ def unit(rows: Any) -> np.ndarray:
     return np.ascontiguousarray(torch.nn.functional.normalize(values, dim=1).numpy())
 
 
-def _search(index: Any, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """(indices int32, cosines) ``[query, k]``, a block of queries at a time."""
+def _search(
+    index: Any, queries: np.ndarray, k: int, closest: Closest | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(indices int32, cosines) ``[query, k]``, a block of queries at a time; in these cells."""
     limit_faiss_threads()
     indices = np.empty((len(queries), k), np.int32)
     similarity = np.empty((len(queries), k), np.float32)
     for start in range(0, len(queries), _BLOCK):
         some = slice(start, start + _BLOCK)
-        similarity[some], indices[some] = index.search(np.ascontiguousarray(queries[some]), k)
+        block = np.ascontiguousarray(queries[some])
+        if closest is None:
+            similarity[some], indices[some] = index.search(block, k)
+        else:
+            near, cells = (of[some] for of in closest)
+            index.nprobe = cells.shape[1]
+            similarity[some], indices[some] = index.search_preassigned(block, k, cells, near)
     return indices, similarity
