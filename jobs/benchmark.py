@@ -1,11 +1,11 @@
 """How fast is the engine? Ratios to plain training and to the machine's own roof, in one run.
 
     hardware   any; figures in jobs/BENCHMARK.md say which. One thread unless --threads is given
-    time       about seven minutes
+    time       half an hour; each part below eight minutes
     makes      one entry at the top of jobs/BENCHMARK.md (earlier entries stay, failures too)
 
     python jobs/benchmark.py                  # everything, one thread
-    python jobs/benchmark.py --only indexing  # indexing | scoring | start | growth
+    python jobs/benchmark.py --only indexing  # start | indexing | costs | scoring | large | growth
     python jobs/benchmark.py --repeats 1      # shorter
 
 What is measured, and how, is said in jobs/benchmarks/, a file a part.
@@ -25,8 +25,10 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from benchmarks.costs import costs
 from benchmarks.growth import growth
 from benchmarks.indexing import indexing
+from benchmarks.large import large
 from benchmarks.scoring import scoring
 from benchmarks.start import start
 from benchmarks.timing import Rows
@@ -36,7 +38,9 @@ REPEATS = 3
 PARTS: dict[str, Callable[[int], list[Rows]]] = {
     "start": lambda repeats: [start()],
     "indexing": lambda repeats: [indexing(repeats)],
+    "costs": lambda repeats: [costs()],
     "scoring": lambda repeats: [scoring()],
+    "large": lambda repeats: [large()],
     "growth": lambda repeats: growth(),
 }
 
@@ -66,9 +70,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=REPEATS)
     parser.add_argument("--threads", type=int, default=1)
     chosen = parser.parse_args()
+    tables: list[Rows] = []
+    for name, part in PARTS.items():
+        torch.set_num_threads(chosen.threads)
+        if chosen.only in (None, name):
+            tables += part(chosen.repeats)
     torch.set_num_threads(chosen.threads)
-    chosen_parts = [part for name, part in PARTS.items() if chosen.only in (None, name)]
-    tables = [table for part in chosen_parts for table in part(chosen.repeats)]
     written = entry(tables)
     title = "# Benchmark log: newest first; nothing is taken out\n\n"
     earlier = LOG.read_text(encoding="utf-8").removeprefix(title) if LOG.exists() else ""

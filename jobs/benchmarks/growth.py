@@ -9,12 +9,8 @@ a fault, and is called one. Draws jobs/GROWTH.png.
 
 from __future__ import annotations
 
-import multiprocessing
-import resource
 import tempfile
-import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +21,7 @@ from rich.console import Console
 from torch import nn
 
 from benchmarks.synthetic import synthetic_store
-from benchmarks.timing import Rows
+from benchmarks.timing import Cost, Rows, cost, elsewhere
 
 PLOT = Path(__file__).parents[1] / "GROWTH.png"
 INPUTS, CLASSES = 64, 10
@@ -99,41 +95,19 @@ def exponent(points: Sequence[Point], of: str) -> float:
 
 def measured(work: str, sizes: dict[str, int], axis: str) -> Point:
     """The best of two, each in a process of its own."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.growth", "tda", "zarr", "faiss", "tda.scorer"])
-    found = []
-    for _ in range(2):
-        with ProcessPoolExecutor(1, context) as pool:
-            found.append(pool.submit(alone, work, sizes, torch.get_num_threads()).result())
+    found = [elsewhere(alone, work, sizes, torch.get_num_threads()) for _ in range(2)]
     size = num_parameters(sizes["width"]) if axis == "width" else sizes[axis]
-    return Point(size, *(min(part) for part in zip(*found, strict=True)))
+    return Point(size, min(c.busy for c in found), min(c.megabytes for c in found))
 
 
-def alone(work: str, sizes: dict[str, int], threads: int) -> tuple[float, float]:
-    """(processor seconds, peak megabytes beyond those at the start) of a piece of work."""
+def alone(work: str, sizes: dict[str, int], threads: int) -> Cost:
+    """What a piece of work costs in a process that has done a small one before."""
     torch.set_num_threads(threads)
     prepare = index_once if work == "indexing" else ask_once
     recipe = "trak" if work.startswith("TRAK") else "grad_dot"
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder) / "small", {**sizes, **SMALL}, recipe)()
-        once = prepare(Path(folder) / "run", sizes, recipe)
-        reset_peak()
-        held, begin = resident(), time.process_time()
-        once()
-        return time.process_time() - begin, (peak() - held) / 2**20
-
-
-def reset_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak() -> int:
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.split("VmHWM:")[1].split()[0])
-
-
-def resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+        return cost(prepare(Path(folder) / "run", sizes, recipe))._replace(result=None)
 
 
 def num_parameters(width: int) -> int:

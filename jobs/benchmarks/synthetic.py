@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,13 @@ def synthetic_store(
     dim: int,
     num_checkpoints: int = 1,
     dtype: str = "bfloat16",
+    tables: tuple[str, ...] = ("train", "queries/q"),
+    see: Callable[[str, int, np.ndarray], None] = lambda name, start, rows: None,
 ) -> Any:
-    """A finished store: tables ``train`` and ``queries/q`` of standard normal rows."""
+    """A finished store: tables ``queries/q`` and ``train`` of standard normal rows.
+
+    see(table, first row, rows [r, dim] float32) is called with what is then rounded and stored.
+    """
     from tda.data import Examples
     from tda.store import Store
 
@@ -35,6 +41,8 @@ def synthetic_store(
         },
     )  # fmt: skip
     for name, count in (("train", num_rows), ("queries/q", num_queries)):
+        if name not in tables:
+            continue
         ids = np.array([f"{name}-{i}" for i in range(count)])
         digests = np.frombuffer(generator.bytes(16 * count), np.uint8).reshape(count, 16)
         table = store.plan(name, Examples(ids, digests), None)
@@ -43,4 +51,5 @@ def synthetic_store(
             columns = dict.fromkeys(COLUMNS, np.ones(stop - start, np.float32))
             rows = generator.standard_normal((stop - start, dim), dtype=np.float32)
             table.write(checkpoint, chunk, rows, columns)
+            see(name, start, rows)
     return store
