@@ -13,8 +13,10 @@ from typer.testing import CliRunner
 
 from tda import valuation
 from tda.cli import app
-from tda.errors import DataError
+from tda.errors import DataError, RecipeError
+from tda.recipes import RECIPES
 from tda.valuation.groupings import ABSENT, TAKEN
+from tda.valuation.metrics import for_metric
 
 IDS = np.array(["a", "b", "c", "d"])
 
@@ -95,3 +97,39 @@ def test_value_and_report_roll_up_by_the_columns_of_a_file(tmp_path):
         assert row["count"] == by_name[name]["count"] == (of == name).sum()
     assert "licence" in parquet.read_table(made.run.path / "values.parquet").column_names
     assert "By licence" in (made.run.path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("metric", ["loss", "margin", "accuracy"])
+def test_values_for_a_metric_are_its_own_gradient(tmp_path, metric):
+    """Σ_q mean_c ⟨∇m_q, −∇ℓ_i⟩ with ∇m = (1−p)∇f, ∇f, p(1−p)∇f, from the rows themselves."""
+    made = make_run(tmp_path / "run")
+    p = made.queries.p.astype(np.float64)
+    weight = {"loss": 1 - p, "margin": np.ones_like(p), "accuracy": p * (1 - p)}[metric]
+    toward = weight[..., None] * made.queries.rows
+    wanted = np.einsum("cqk,cik->i", toward, -made.train.gradients) / len(p)
+    found = valuation.values(made.run, "test", "grad_dot", metric=metric)
+    np.testing.assert_allclose(found.value[0], wanted, rtol=1e-4, atol=1e-6)
+    asked = ["value", str(made.run.path), "--recipe", "grad_dot", "--metric", metric]
+    assert CliRunner().invoke(app, asked).exit_code == 0
+    file = made.run.path / "value" / "values.parquet"
+    table = parquet.read_table(file)
+    np.testing.assert_allclose(table["value"], wanted / 9, rtol=1e-4, atol=1e-6)
+    assert table.schema.metadata[b"metric"] == metric.encode()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "metric", "says"),
+    [
+        ("grad_dot", "causal_lm", "cannot tell values for 'causal_lm'"),
+        ("grad_cos", "accuracy", "makes them all as long"),
+    ],
+)
+def test_a_metric_that_takes_another_index_is_refused(tmp_path, recipe, metric, says):
+    made = make_run(tmp_path / "run")
+    with pytest.raises(RecipeError, match=says):
+        valuation.values(made.run, "test", recipe, metric=metric)
+
+
+def test_a_measurement_without_a_margin_has_none():
+    with pytest.raises(RecipeError, match="squared_error has no margin"):
+        for_metric(RECIPES["grad_dot"], "margin", {"name": "squared_error", "has_margin": False})

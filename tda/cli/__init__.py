@@ -286,6 +286,10 @@ def value(
         str | None,
         typer.Option("--slice", metavar="COLUMN=NAME", help="For these queries only."),
     ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="loss, margin or accuracy; default: the recipe's."),
+    ] = None,
     run: Annotated[
         list[str] | None,
         typer.Option(metavar="RUN", help="Another training on the same data; repeatable."),
@@ -322,6 +326,7 @@ def value(
         others=run or section.runs,
         bags=section.bags if bags is None else bags,
         groups=groups or section.groups,
+        metric=metric,
     )
     for table in valued.tables(show):
         tables.show(table)

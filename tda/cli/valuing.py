@@ -51,6 +51,7 @@ class Valued:
     groups: dict[str, GroupValues]
     given: dict[str, np.ndarray]
     why_not: tuple[str, ...]
+    metric: str | None = None
 
     def values(self, part: int) -> Values:
         """Those of one slice, a mean over its queries."""
@@ -73,6 +74,7 @@ class Valued:
             "run": str(self.run.path),
             "queries": self.queries,
             "recipe": self.found.recipe,
+            "metric": self.metric or "that of the recipe",
             "value": "mean over the queries of the slice; above 0: it helps",
             "intervals": f"95 %; they cover {self.found.covers}",
         }
@@ -151,10 +153,11 @@ def value(
     others: Sequence[str] = (),
     bags: int = 0,
     groups: str | Path | None = None,
+    metric: str | None = None,
 ) -> Valued:
     """by: slices of the queries by a column; only: ``COLUMN=NAME``, one slice; others: runs of
     independent trainings on the same data; bags: of Data-OOB, 0 for none; groups: a file of
-    groupings, see `read_groups`.
+    groupings, see `read_groups`; metric: see `tda.valuation.metrics`.
     """
     if by and only:
         raise ConfigError("--by and --slice say two things", do="give one of them")
@@ -177,7 +180,7 @@ def value(
                 f"this run has no query set {queries!r}", where=each.path,
                 wanted=", ".join(each.queries) or "none is stored",
             )  # fmt: skip
-    found = values(runs, queries, chosen, slices)
+    found = values(runs, queries, chosen, slices, metric)
     if only is not None:
         found = _one_slice(found, only)
     why_not = list(given.notes)
@@ -201,6 +204,7 @@ def value(
         rolled,
         given.columns,
         tuple(why_not),
+        metric,
     )
 
 

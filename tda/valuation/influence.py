@@ -23,6 +23,7 @@ from tda.recipe import Recipe
 from tda.run import Run
 from tda.scorer.replicates import num_parts, trainings
 from tda.valuation.frames import frame
+from tda.valuation.metrics import for_metric, query_weights
 from tda.valuation.significance import Significance, significance_of
 
 
@@ -110,13 +111,15 @@ def values(
     queries: Any,
     recipe: str | Recipe = "influence",
     by: str | slice | Sequence[Any] | np.ndarray | None = None,
+    metric: str | None = None,
 ) -> Values:
     """Values of every training example for a query set, or for slices of it.
 
     runs: a run, or runs of independent trainings on the same data, each of which is a replicate.
     queries: the name of a stored query set, or a data set. by: None for all queries together, a
     column of the query set ("label", "source", "group"), a slice for some of the queries alone, or
-    one name a query ``[query]``.
+    one name a query ``[query]``. metric: "loss", "margin" or "accuracy" (`tda.valuation.metrics`)
+    in place of what the recipe is about.
 
     In a single run, checkpoints whose steps do not increase begin another training, and trainings
     are the replicates. With one training its checkpoints are, unless the recipe sums along the
@@ -134,8 +137,9 @@ def values(
             found=", ".join(f"{run.path}: {len(run.ids)}" for run in given) or "no run",
             wanted="runs of one training set, in one order",
         )
-    chosen = given[0].recipe(recipe)
-    found = [_one_run(run, queries, chosen, by) for run in given]
+    measurement = given[0].store.manifest.get("measurement", {"name": "loss"})
+    chosen = for_metric(given[0].recipe(recipe), metric, measurement)
+    found = [_one_run(run, queries, chosen, by, metric) for run in given]
     if len(found) == 1:
         return found[0]
     first, seeds = found[0], {run.store.manifest["projection"].get("seed") for run in given}
@@ -152,12 +156,13 @@ def values(
     )
 
 
-def _one_run(run: Run, queries: Any, recipe: Recipe, by: Any) -> Values:
+def _one_run(run: Run, queries: Any, recipe: Recipe, by: Any, metric: str | None) -> Values:
     name = queries if isinstance(queries, str) else run.add_queries(queries)
     table = run.store.table(f"queries/{name}")
     slices, member = _slices(table, by)
     prepared = scorer.prepare(run.store, recipe, table)
-    terms, parts = _terms(prepared, member, num_parts(run.store.manifest, recipe))
+    weights = query_weights(table, recipe, metric)
+    terms, parts = _terms(prepared, member, num_parts(run.store.manifest, recipe), weights)
     groups, independent = trainings(run.store.manifest["checkpoints"], recipe)
     # Each training is a replicate of the whole: the mean of replicates is the sum of all terms.
     replicates = np.stack([len(groups) * terms[group].sum(0) for group in groups])
@@ -191,13 +196,17 @@ def _slices(table: Any, by: Any) -> tuple[tuple[str, ...], np.ndarray]:
 
 
 def _terms(
-    prepared: scorer.Prepared, member: np.ndarray, num_parts: int
+    prepared: scorer.Prepared, member: np.ndarray, num_parts: int, weights: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """What each checkpoint ``[C, slice, train]`` and each part of the projection contributes.
 
-    Part b holds the dimensions b, b + B, b + 2B, …
+    Part b holds the dimensions b, b + B, b + 2B, … weights: of the queries ``[C, query]``.
     """
-    summed = [torch.from_numpy(member) @ q.double() for q in prepared.queries]
+    weights = np.ones((len(prepared.queries), 1)) if weights is None else weights
+    summed = [
+        torch.from_numpy(member * w) @ q.double()
+        for w, q in zip(weights, prepared.queries, strict=True)
+    ]
     cut = [_cut(q, num_parts) for q in summed]
     shape = (len(member), prepared.train.num_rows)
     terms, parts = np.zeros((len(summed), *shape)), np.zeros((num_parts, *shape))
