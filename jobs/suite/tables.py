@@ -48,6 +48,10 @@ is that of its margin and not of its loss, which weighs several checkpoints bett
 it changes nothing. *earlier*: a row of a recipe that has changed since – there `influence_shrunk`
 had the share .4 and every coordinate in its core, and both it and EK-FAC the schedule's damping.
 
+*layers = learned*: with `run.learn_layer_weights`, whose two numbers were chosen on digits_mlp and
+rotten_tomatoes: the other tasks judge it. *metric = adam*: gradients in the metric of Adam's steps.
+*measured = output*: gradients of the output that D-TRAK puts in the place of the loss.
+
 traker's `trak` is at its default of 2,048 numbers an example, undamped: with fewer training
 examples than that, or not many more, its kernel is singular or nearly so, and its figure is poor
 for this reason. `k=512` is the fairer row where there is one.
