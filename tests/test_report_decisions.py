@@ -179,6 +179,37 @@ def test_what_is_measured_is_the_change_of_the_loss_against_leaving_nothing_out(
     np.testing.assert_allclose([m.low for m in found], [0.2, -0.1], atol=1e-9)
 
 
+def test_leaked_queries_and_seeds_are_told_apart_from_what_changed():
+    """Query 2 is in the training set: it alone gets worse. Two seeds: −.1 and −.3 on the others."""
+    whole, without = np.ones((2, 4)), np.ones((2, 4))
+    without[:, [0, 1, 3]] += np.array([[-0.1], [-0.3]])
+    without[:, 2] += 2.6
+    outputs = -np.log(np.expm1(np.stack([whole, without])))
+    masks = np.array([[1, 1, 1], [0, 1, 1]], np.uint8)
+    truth = GroundTruth(masks, outputs, None, {"design": {"kind": "given"}})
+    value = np.array([-0.2, 0.0, 0.0])
+    (found,) = measured_in((("x", truth),), value, "cross_entropy", True, [2])
+    assert found.change == pytest.approx(0.5) and found.clean == pytest.approx(-0.2)
+    assert found.seed_error == pytest.approx(np.std([0.575, 0.425], ddof=1) / 2**0.5)
+    assert found.outcome == "within chance"  # one query carries it
+    (alone,) = measured_in((("x", truth),), value, "cross_entropy", True)
+    assert alone.clean is None
+
+
+@pytest.mark.parametrize(
+    ("predicted", "change", "seed_error", "outcome"),
+    [
+        (-0.3, -0.2, 0.01, "as foretold"),
+        (-0.3, 0.2, 0.01, "against"),
+        (-0.3, -0.2, 0.2, "within chance"),
+        (-0.3, -0.05, None, "within chance"),
+    ],
+)
+def test_an_outcome_is_judged_by_both_errors(predicted, change, seed_error, outcome):
+    found = Measured("x", 1, 0, predicted, change, change - 0.1, change + 0.1, 2, seed_error)
+    assert found.outcome == outcome
+
+
 def test_without_the_whole_set_nothing_is_called_a_change():
     truth = truth_of([[0, 1, 1], [1, 0, 0]], [0.7, 0.4])
     assert measured_in((("x", truth),), np.zeros(3), "cross_entropy", True) == ()
@@ -210,8 +241,9 @@ def test_with_measured_points_every_number_of_the_page_is_still_in_the_summary(r
     masks = np.ones((3, 200), int)
     masks[1, :20], masks[2, 30:70] = 0, 0
     truth = truth_of(masks.tolist(), [0.5, 0.7, 0.4])
-    measured = measured_in((("x", truth),), data.values.mean, "cross_entropy", True)
-    data = replace(data, removal=replace(data.removal, measured=measured))
+    measured = measured_in((("x", truth),), data.values.mean, "cross_entropy", True, [0])
+    assert all(each.clean is not None for each in measured)
+    data = replace(data, removal=replace(data.removal, measured=measured, leaked=(0,)))
     page, known = Page(render(data)), numbers_of(summarise(data))
     shown = [float(v) for tag, a in page.elements if tag == "data" for v in a.values()]
     assert [value for value in shown if value not in known] == []

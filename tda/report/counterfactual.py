@@ -105,7 +105,11 @@ def retrain(
         found.append(trained("report-relabelled", how, changed, plan))
     measurement = run.store.manifest["measurement"]
     measured = measured_in(
-        tuple(found), data.values.mean, measurement["name"], bool(measurement["has_margin"])
+        tuple(found),
+        data.values.mean,
+        measurement["name"],
+        bool(measurement["has_margin"]),
+        data.removal.leaked,
     )
     return replace(
         data,

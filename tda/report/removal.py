@@ -41,7 +41,9 @@ class Curve:
 class Measured:
     """One retraining: how much was left out, what was foretold, and what happened.
 
-    ``change`` of the mean over queries, over seeds, with its interval over queries.
+    ``change`` of the mean over queries, over seeds, with its interval over queries. ``seed_error``:
+    standard error of the change over seeds; None with one. ``clean``: the change over the queries
+    that are not in the training set themselves; None where all are like that.
     """
 
     name: str
@@ -52,6 +54,18 @@ class Measured:
     low: float
     high: float
     num_seeds: int
+    seed_error: float | None = None
+    clean: float | None = None
+
+    @property
+    def outcome(self) -> str:
+        """Whether it went as foretold, by both errors together (2 standard errors)."""
+        reach = max(self.high - self.change, self.change - self.low)
+        if self.seed_error is not None:
+            reach = float(np.hypot(reach, 2 * self.seed_error))
+        if abs(self.change) <= reach:
+            return "within chance"
+        return "as foretold" if self.change * self.predicted > 0 else "against"
 
 
 @dataclass(frozen=True)
@@ -70,13 +84,15 @@ class ClassLoss:
 
 @dataclass(frozen=True)
 class Removal:
-    """unit: what changes, in words. in_loss: whether predictions are in the unit of the loss."""
+    """unit: what changes, in words. in_loss: whether predictions are in the unit of the loss.
+    leaked: the queries that are in the training set too."""
 
     curves: tuple[Curve, ...]
     measured: tuple[Measured, ...]
     unit: str
     in_loss: bool
     balance: tuple[ClassLoss, ...]
+    leaked: tuple[int, ...] = ()
 
     @property
     def unbalanced(self) -> tuple[ClassLoss, ...]:
@@ -95,7 +111,8 @@ def foretell(
     """classes: (names, class of each training example), or None."""
     suspects = None if found.suspects is None else found.suspects.score
     value = values.mean
-    measured = measured_in(found.truths, value, measurement, has_margin)
+    leaked = () if found.leakage is None else np.unique(found.leakage.pairs.left).tolist()
+    measured = measured_in(found.truths, value, measurement, has_margin, leaked)
     is_loss = not has_margin or measurement in LOG_ODDS
     return Removal(
         tuple(_curve(name, order, value) for name, order in orders(value, suspects).items()),
@@ -103,6 +120,7 @@ def foretell(
         "mean loss of the queries" if is_loss else "minus the mean margin of the queries",
         in_loss and is_loss,
         () if classes is None else class_balance(decisions.removed(), *classes),
+        tuple(leaked),
     )
 
 
@@ -135,13 +153,17 @@ def measured_in(
     value: np.ndarray,
     measurement: str,
     has_margin: bool,
+    leaked: Sequence[int] = (),
 ) -> tuple[Measured, ...]:
-    """Every given subset of these ground truths that was compared with leaving nothing out."""
+    """Every given subset of these ground truths that was compared with leaving nothing out.
+
+    leaked: queries that are in the training set, whose copies may be among what is left out.
+    """
     known = dict(truths)
     return tuple(
         each
         for name, truth in truths
-        for each in _measured(name, truth, known, value, measurement, has_margin)
+        for each in _measured(name, truth, known, value, measurement, has_margin, leaked)
     )
 
 
@@ -152,6 +174,7 @@ def _measured(
     value: np.ndarray,
     measurement: str,
     has_margin: bool,
+    leaked: Sequence[int],
 ) -> list[Measured]:
     """Every subset of a ground truth that was given, against the one that leaves nothing out."""
     if truth.manifest["design"]["kind"] != "given":
@@ -164,8 +187,9 @@ def _measured(
     seeds = min(base.outputs.shape[1], truth.outputs.shape[1])
 
     def loss_of(outputs: np.ndarray) -> np.ndarray:
-        return losses(outputs[:seeds], measurement, has_margin).mean(0)
+        return losses(outputs[:seeds], measurement, has_margin)  # [seed, query]
 
+    clean = np.setdiff1d(np.arange(truth.outputs.shape[2]), leaked)
     before = loss_of(base.outputs[whole[0]])
     names = plan.get("subsets") or [f"{name} {s + 1}" for s in range(len(truth.masks))]
     changed = plan.get("relabelled", [[] for _ in names])
@@ -178,12 +202,15 @@ def _measured(
         left_out = np.flatnonzero(mask == 0)
         if not len(left_out) and not relabelled:
             continue
-        change = over(loss_of(outputs) - before)
+        each = loss_of(outputs) - before
+        change, of_seed = over(each.mean(0)), each.mean(1)
         predicted = value[left_out].sum() + value[np.array(relabelled, np.int64)].sum()
         found.append(
             Measured(
                 str(what), len(left_out), len(relabelled), float(predicted),
                 change.value, change.low, change.high, seeds,
+                float(of_seed.std(ddof=1) / seeds**0.5) if seeds > 1 else None,
+                float(each[:, clean].mean()) if len(leaked) and len(clean) else None,
             )
         )  # fmt: skip
     return found

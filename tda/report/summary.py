@@ -206,7 +206,10 @@ def _removal(data: ReportData) -> dict[str, Any] | None:
         "unit": found.unit,
         "in_loss": found.in_loss,
         "curves": [dataclasses.asdict(curve) for curve in found.curves],
-        "measured": [dataclasses.asdict(each) for each in found.measured],
+        "measured": [
+            {**dataclasses.asdict(each), "outcome": each.outcome} for each in found.measured
+        ],
+        "num_leaked": len(found.leaked),
         "num_unbalanced": len(found.unbalanced),
         "class_balance": [{**dataclasses.asdict(c), "share": c.share} for c in found.balance],
     }
