@@ -28,12 +28,13 @@ if TYPE_CHECKING:
         TaskError,
         TdaError,
     )
+    from tda.indexing import index
     from tda.measurements import MEASUREMENTS, Measurement
     from tda.projection import Projection
     from tda.recipe import Recipe
     from tda.recipes import RECIPES
     from tda.replay import Training
-    from tda.run import Run, index, open
+    from tda.run import Run, open
     from tda.scorer.ranking import Ranking, TopK
     from tda.task import Checkpoint, Task
     from tda.training.recorder import Recorder, recorded
@@ -49,7 +50,7 @@ _HOMES = {
     "Measurement": "tda.measurements",
     "MEASUREMENTS": "tda.measurements",
     "Projection": "tda.projection",
-    "index": "tda.run",
+    "index": "tda.indexing",
     "open": "tda.run",
     "Run": "tda.run",
     "attribute": "tda.unprojected.streaming",

@@ -3,7 +3,8 @@
 One line a decision, appended whole under a lock: the last line about an example is what holds.
 Nothing is ever lost, whoever marks at the same time, in this process or another. A line that was
 cut short by a crash was never acknowledged; the next writer takes it away. A line has its number
-and its checksum: one that was altered, or is gone from between others, is noticed.
+and its checksum: one that was altered, or is gone from between others, is noticed; and
+``actions/count.json`` says how many there have been, so that the last ones are missed as well.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ from tda.store.files import (
     crc32c,
     extend_file,
     read_file,
+    seal,
     stat_file,
+    unseal,
     write_file,
 )
 
 Action = Literal["relabel", "remove", "keep", "none"]
-FILE = "actions/marks.jsonl"
+FILE, COUNT = "actions/marks.jsonl", "actions/count.json"
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet takes for the start of one
 
 
@@ -56,7 +59,7 @@ class Marks:
     """The marks of one run. Safe to use from many threads and processes."""
 
     def __init__(self, run: Place) -> None:
-        self.path = run / FILE
+        self.run, self.path = run, run / FILE
         self._lock = Lock()
         self._read: tuple[Stat, dict[str, Mark]] | None = None
 
@@ -69,18 +72,35 @@ class Marks:
             self._read = seen, self._parse(read_file(self.path, DOCUMENT_BYTES) or b"")
         return self._read[1]
 
-    def fault(self) -> tuple[str, str] | None:
-        """(what is wrong with the file, what to do), or None."""
+    def fault(self) -> tuple[str, str, str] | None:
+        """(the file, what is wrong with it, what to do), or None."""
         try:
             self.all()
-            data = read_file(self.path) or b""
+            data = read_file(self.path, DOCUMENT_BYTES) or b""
         except StoreError as error:
-            return f"{error.what}: {error.where}", error.do or ""
+            return FILE, f"{error.what}: {error.where}", error.do or ""
         if data and not data.endswith(b"\n"):
             return (
+                FILE,
                 "its last line was cut short, by a crash or later",
                 "the next decision takes this line away; restore the file if it held another",
             )
+        return self._count_fault(data)
+
+    def _count_fault(self, data: bytes) -> tuple[str, str, str] | None:
+        """Lines that are gone from the end. One written by hand has no number: then none counts."""
+        lines = data.split(b"\n")[:-1]
+        counted = read_file(self.run / COUNT, DOCUMENT_BYTES)
+        last = _parsed(lines[-1]) if lines else None
+        if (counted is None and not lines) or (last is not None and not last.revision):
+            return None
+        known = None if counted is None else unseal(counted)
+        if known is None or not isinstance(known.get("lines"), int):
+            what = "there is no count of decisions" if counted is None else "it was altered"
+            return COUNT, what, "the next decision writes it; see that no line of the log is gone"
+        if known["lines"] > len(lines):
+            what = f"{known['lines'] - len(lines)} decisions are gone from its end"
+            return FILE, what, f"restore the file from a copy; or accept it: delete {COUNT}"
         return None
 
     def set(
@@ -105,6 +125,7 @@ class Marks:
 
         with self._lock:
             extend_file(self.path, line_after)
+            write_file(self.run / COUNT, seal({"lines": made[-1].revision}))
         return made[-1]
 
     def _parse(self, data: bytes) -> dict[str, Mark]:
@@ -131,6 +152,7 @@ def copy(run: Place, to: Place, but: set[str]) -> None:
     if kept:
         lines = (_line(replace(mark, revision=i)) for i, mark in enumerate(kept, start=1))
         write_file(to / FILE, b"".join(lines))
+        write_file(to / COUNT, seal({"lines": len(kept)}))
 
 
 def _line(mark: Mark) -> bytes:

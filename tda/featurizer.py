@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tda.batch_size import BatchSize, automatic
+from tda.curvature import kfac
 from tda.data import Batch, Dataset, collate, read
 from tda.errors import GradientError
 from tda.gradients import Audit, Consume, Dense, Factor, Gradients, shapes_of
@@ -169,9 +170,11 @@ class Featurizer:
     def fit(
         self, projection: Projection, dataset: Dataset, batch_size: BatchSize, progress: bool
     ) -> Bases:
-        """The bases a projection takes from some of the data, at the last checkpoint."""
-        from tda.curvature import kfac
+        """The bases a projection takes from some of the data, at the last checkpoint.
 
+        Here, also where a cluster is open: of ``num_fit`` examples (4,096) whatever the number of
+        all, and its sums are as large as the model's layers squared, too much to send about.
+        """
         if projection.kind != "eigenbasis":
             return projection.fit(self.pilot(dataset), shapes_of(self.task.model))
         count = min(projection.num_fit, len(dataset))

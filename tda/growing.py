@@ -28,8 +28,7 @@ from tda.store.arrays import COLUMNS
 from tda.store.deleted import KEY
 from tda.store.files import Place, as_place, beside, read_file, write_file
 from tda.store.lock import sole_writer
-from tda.store.manifest import BASES, CURVATURE, QUERIES, TRAIN
-from tda.store.table import has_table
+from tda.store.manifest import BASES, CURVATURE, QUERIES, TRAIN, has_table
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 from tda.batch_size import BatchSize
 from tda.data import as_dataset, describe
 from tda.errors import StoreError
-from tda.featurizer import filler
+from tda.featurizer import Featurizer, filler
 from tda.filling import Filling
 from tda.projection import Projection, bases_to_bytes
+from tda.run import bases_digest
 from tda.store import Fault, Table
 from tda.store.files import remove_file, write_file
 from tda.store.local import TMP
@@ -118,18 +119,11 @@ def _table(
 
 def _bases(run: Run, dataset: Any, batch_size: BatchSize) -> None:
     """Fitted again, and kept if they are the same. Raises StoreError if they are not."""
-    from hashlib import blake2b
-
-    from tda.featurizer import Featurizer
-
     spec = {k: v for k, v in run.store.manifest["projection"].items() if k != "bases_digest"}
     assert run.task is not None
     bases = Featurizer(run.task).fit(Projection(**spec), as_dataset(dataset), batch_size, False)
     data = bases_to_bytes(bases)
-    if (
-        blake2b(data, digest_size=16).hexdigest()
-        != run.store.manifest["projection"]["bases_digest"]
-    ):
+    if bases_digest(data) != run.store.manifest["projection"]["bases_digest"]:
         raise StoreError(
             "the bases of the projection cannot be fitted again",
             where=run.path / BASES,

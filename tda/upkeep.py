@@ -15,7 +15,7 @@ import numpy as np
 
 from tda.batch_size import BatchSize
 from tda.data import as_dataset, batches, describe
-from tda.decisions import FILE, Marks
+from tda.decisions import Marks
 from tda.errors import DataError
 from tda.evaluate import record
 from tda.store import Fault, Store
@@ -42,7 +42,8 @@ def verify(path: str | Place, *, withdraw: bool = True) -> list[Fault]:
         faults += record.faults(store.path, name, withdraw)
     decided = Marks(store.path).fault()
     if decided is not None:
-        faults.append(Fault(FILE, "altered", *decided))
+        file, *said = decided
+        faults.append(Fault(file, "altered", *said))
     return sorted(faults, key=lambda fault: (fault.path, fault.kind))
 
 

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ import torch
 import tda
 
 if TYPE_CHECKING:
+    from object_storage import Server
+
     from tda.run import Run
     from tda.task import Task
 
@@ -70,6 +73,32 @@ def _no_flushing() -> Iterator[None]:
     patch.setattr(os, "fsync", lambda descriptor: None)
     yield
     patch.undo()
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[Server]:
+    """A real S3 server on this machine, one for all tests of a process."""
+    pytest.importorskip("moto")
+    from object_storage import Server
+
+    server = Server()
+    yield server
+    server.kill()
+
+
+_prefixes = count()
+
+
+@pytest.fixture
+def url(s3: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A place there that is this test's own; credentials as users give them."""
+    from tda.store import kept
+
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TDA_CACHE", str(tmp_path / "kept"))
+    monkeypatch.setattr(kept, "_unscanned", float("inf"))
+    return f"s3://bucket/runs/{next(_prefixes)}"
 
 
 @pytest.fixture(scope="module")

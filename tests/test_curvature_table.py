@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.data import default_collate
 
 import tda
-from tda.curvature.table import draw
+from tda.curvature.sampling import draw
 from tda.errors import MismatchError, StoreError, TaskError
 from tda.store import Table
 

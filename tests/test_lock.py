@@ -7,13 +7,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from object_storage import Server
 
 from tda.errors import StoreError
 from tda.store import lock, remote
@@ -31,29 +29,17 @@ with sole_writer(as_place(sys.argv[1])):
 """
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    pytest.importorskip("moto")
-    one = Server()
-    yield one
-    one.kill()
-
-
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch, tmp_path) -> None:
-    monkeypatch.setenv("TDA_CACHE", str(tmp_path / "kept"))
+def _quick(monkeypatch) -> None:
     for name, seconds in {"BEAT": 0.1, "LEASE": 1.0, "_POLL": 0.05}.items():
         monkeypatch.setattr(lock, name, seconds)
 
 
 @pytest.fixture(params=["folder", "bucket"])
-def run(request, tmp_path, monkeypatch) -> Place:
+def run(request, tmp_path) -> Place:
     if request.param == "folder":
         return tmp_path / "run"
-    server = request.getfixturevalue("server")
-    for name, value in server.environment.items():
-        monkeypatch.setenv(name, value)
-    return as_place(f"s3://bucket/{tmp_path.name}")
+    return as_place(request.getfixturevalue("url"))
 
 
 def put(run: Place, holder: Holder) -> None:
@@ -188,6 +174,19 @@ def test_a_lost_answer_to_a_heartbeat_is_no_lost_lock(run, monkeypatch):
         holder = Holder.parse(read_file(run / NAME))
         assert holder is not None and holder.process == os.getpid() and holder.beat > 1
     assert stat_file(run / NAME) is None
+
+
+def test_what_could_not_be_given_back_does_not_bar_its_own_process(run, monkeypatch):
+    """Storage that was away could not be told: in a notebook the process lives on."""
+    with monkeypatch.context() as patch:
+        for kind in (lock._Lease, lock._File):
+            patch.setattr(kind, "release", lambda self: None)
+        with sole_writer(run):
+            pass
+    assert Holder.parse(read_file(run / NAME)) is not None
+    with sole_writer(run):
+        pass
+    assert not read_file(run / NAME)
 
 
 def test_where_nothing_can_be_written_nothing_is_locked(tmp_path, monkeypatch):

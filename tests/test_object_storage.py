@@ -1,6 +1,6 @@
 """A run in object storage is the run on a disk: same bytes, same answers, same refusals.
 
-Against a real S3 server (moto's) on this machine, one for all tests of a process.
+Against a real S3 server (moto's) on this machine.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from datetime import timedelta
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,37 +20,28 @@ import numpy as np
 import pytest
 import stored
 import torch
-from object_storage import SECRETS, Server, Wire
+from object_storage import SECRETS, Wire
 
 from tda.decisions import Marks
 from tda.errors import ConfigError, StoreError, UnreachableError
 from tda.store import Store, Table, kept, remote
-from tda.store.files import Place, Remote, as_place, list_files, read_file, write_file
+from tda.store.files import (
+    Place,
+    Remote,
+    as_place,
+    crc32c,
+    list_files,
+    read_file,
+    write_file,
+)
 from tda.store.remote import traffic
 
 ARRAYS = 7  # with a checkpoint axis: rows, five columns, embedding
-_numbers = count()
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    pytest.importorskip("moto")
-    one = Server()
-    yield one
-    one.kill()
 
 
 @pytest.fixture(autouse=True)
-def _storage(server, tmp_path, monkeypatch) -> None:
-    for name, value in server.environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("TDA_CACHE", str(tmp_path / "kept"))
-    monkeypatch.setattr(kept, "_unscanned", float("inf"))
-
-
-@pytest.fixture
-def url() -> str:
-    return f"s3://bucket/runs/{next(_numbers)}"
+def _storage(url) -> None:
+    """Credentials and a cache of its own for every test."""
 
 
 @pytest.fixture
@@ -183,17 +173,41 @@ def test_one_row_is_not_paid_with_a_chunk(url, tmp_path):
     table.write(0, 0, rows, columns)
     forget(tmp_path)
     table = store.table("train")
-    table._marks_at_first  # noqa: B018
+    table._reading.marks_at_first  # noqa: B018
     before = Counter(traffic)
     found = table.gather(0, [40, 3, 41]).numpy()
     spent = asked(before)
     np.testing.assert_allclose(found, rows[[40, 3, 41]], rtol=2**-8)
-    assert spent["GET"] <= 2 and spent["LIST"] == spent["HEAD"] == 0
-    assert spent["down"] == 3 * 4096 * 2
+    assert spent["GET"] == 3 and spent["LIST"] == spent["HEAD"] == 0
+    assert spent["down"] == 3 * 4096 * 2 + 4
+    before = Counter(traffic)
+    table.gather(0, [40])
+    assert asked(before) == {"GET": 1, "down": 4096 * 2}  # the rest was checked above
     table.rows(0, 0, 64)
     before = Counter(traffic)
     table.gather(0, [5])
     assert not asked(before)
+
+
+@pytest.mark.parametrize("kind", ["torn", "other", "gone"])
+def test_a_row_of_another_file_than_was_marked_is_refused(url, tmp_path, kind):
+    changes = {"chunk_rows": 64, "projection": {"kind": "count_sketch", "dim": 4096, "seed": 0}}
+    store = Store.create(as_place(url), {**stored.MANIFEST, **changes})
+    table = store.plan("train", stored.examples(64), None)
+    columns = stored.values(0, 0, 64)[1]
+    table.write(0, 0, np.ones((64, 4096), np.float32), columns)
+    key = "train/rows/c/0/0/0"
+    data = bytearray(read_file(store.path / key) or b"")
+    if kind == "gone":
+        remote.remove(store.path / key)
+    elif kind == "torn":
+        write_file(store.path / key, bytes(data[:-8]))
+    else:  # whole and sound in itself, as of another run
+        other = bytes(len(data) - 4)
+        write_file(store.path / key, other + crc32c(other).to_bytes(4, "little"))
+    forget(tmp_path)
+    with pytest.raises(StoreError, match=r"missing|torn|altered"):
+        store.table("train").gather(0, [5])
 
 
 def test_copies_are_bounded_and_a_damaged_one_is_fetched_again(far, tmp_path, monkeypatch):
@@ -274,8 +288,8 @@ def test_two_writers_of_a_chunk_are_one_and_other_content_is_refused(far, near):
 
 
 @pytest.fixture
-def wire(server, monkeypatch) -> Iterator[Wire]:
-    one = Wire(server)
+def wire(s3, monkeypatch) -> Iterator[Wire]:
+    one = Wire(s3)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{one.port}")
     quick: Any = {"max_retries": 1, "retry_timeout": timedelta(seconds=1)}
     monkeypatch.setattr(remote, "_RETRY", quick)
@@ -311,14 +325,14 @@ def test_a_network_that_is_cut_is_no_damage(far, wire):
 
 
 @pytest.mark.parametrize("status", [500, 503])
-def test_a_storage_that_answers_slow_down_is_asked_again(near, server, url, status):
-    server.answer(status, 6)
+def test_a_storage_that_answers_slow_down_is_asked_again(near, s3, url, status):
+    s3.answer(status, 6)
     store = stored.build(as_place(url))
     assert contents(store.path) == contents(near.path)
 
 
-def test_no_access_says_so_and_nothing_secret(server, url):
-    server.answer(403, 1)
+def test_no_access_says_so_and_nothing_secret(s3, url):
+    s3.answer(403, 1)
     with pytest.raises(UnreachableError, match="refuses access") as caught:
         Store.open(as_place(url))
     assert "AWS_ACCESS_KEY_ID" in caught.value.do
@@ -364,10 +378,10 @@ def test_a_place_is_a_bucket_and_a_prefix(bad):
     assert "secret@" not in str(caught.value)
 
 
-def test_a_storage_profile_names_a_place(far, tmp_path, server, monkeypatch):
+def test_a_storage_profile_names_a_place(far, tmp_path, s3, monkeypatch):
     file = tmp_path / "lab.toml"
     bucket, _, rest = str(far.path).rpartition("/")
-    options = {"endpoint": server.url, "allow_http": True, "region": "us-east-1"}
+    options = {"endpoint": s3.url, "allow_http": True, "region": "us-east-1"}
     lines = [f"{name} = {json.dumps(value)}" for name, value in options.items()]
     file.write_text(f'url = "{bucket}"\n[options]\n' + "\n".join(lines))
     for name in ("AWS_ENDPOINT_URL", "AWS_ALLOW_HTTP", "AWS_REGION"):

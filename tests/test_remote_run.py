@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from object_storage import SECRETS, Server
+from object_storage import SECRETS
 from typer.testing import CliRunner
 
 import tda
@@ -23,18 +23,15 @@ URL = "s3://bucket/stores/digits"
 
 
 @pytest.fixture(scope="module")
-def uploaded(tmp_path_factory) -> Iterator[None]:
-    pytest.importorskip("moto")
-    server = Server()
+def uploaded(s3, tmp_path_factory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in server.environment.items():
+        for name, value in s3.environment.items():
             patch.setenv(name, value)
         patch.setenv("TDA_CACHE", str(tmp_path_factory.mktemp("kept")))
         parts = ("manifest.json", "train/", "queries/")
         keys = [key for key in list_files(DIGITS) if key.startswith(parts)]
         write_files(as_place(URL), ((key, ((DIGITS / key).read_bytes(),)) for key in keys))
         yield
-    server.kill()
 
 
 def asked() -> tuple[dict[str, list], Counter[str]]:

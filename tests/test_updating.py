@@ -6,7 +6,6 @@ The oracle is H = mean h·x xᵀ of the rows that are left, written out. What is
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -56,11 +55,6 @@ def index(path: Path, examples: list[dict], gauss_newton: bool = False) -> tda.R
     if gauss_newton:
         run.add_curvature(examples, num_rows=3 * len(examples))
     return run
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda file: None)
 
 
 @pytest.fixture

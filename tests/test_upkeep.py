@@ -117,6 +117,28 @@ def test_a_line_cut_from_between_decisions_is_noticed(run):
     assert verify(run.path) == [] and set(Marks(run.path).all()) == {"e3"}
 
 
+def test_lines_cut_from_the_end_of_decisions_are_noticed(run):
+    log, count = run.path / "actions/marks.jsonl", run.path / "actions/count.json"
+    whole = log.read_bytes()
+    for left in (whole.splitlines(keepends=True)[0], b""):
+        log.write_bytes(left)
+        (fault,) = verify(run.path)
+        assert fault.path == "actions/marks.jsonl" and "gone from its end" in fault.what
+    log.unlink()
+    assert "2 decisions are gone" in verify(run.path)[0].what
+    log.write_bytes(whole)
+    assert verify(run.path) == []
+    count.unlink()
+    (fault,) = verify(run.path)
+    assert fault.path == "actions/count.json"
+    Marks(run.path).set("e3", "keep", None, "")
+    assert verify(run.path) == []
+    before = count.read_bytes()
+    Marks(run.path).set("e4", "keep", None, "")
+    count.write_bytes(before)  # a crash between the line and its count
+    assert verify(run.path) == []
+
+
 def test_a_damaged_retraining_is_withdrawn_and_trained_again(run):
     trained: list[int] = []
 

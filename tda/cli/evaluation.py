@@ -23,7 +23,7 @@ def evaluate(config: Config, recipes: Sequence[str], name: str | None = None) ->
     chosen = [*(recipes or RECIPES)]
     for recipe in chosen:  # a spelling mistake is found before anything is trained
         if recipe != AUTO:
-            get_recipe(recipe)
+            get_recipe(recipe, AUTO)
     train = config.build_retraining()
     section, design = config.evaluate, design_of(config.evaluate)
     opened = open_config(config)

@@ -2,6 +2,7 @@
 
 moments.py      H = mean h·x xᵀ of stored rows, as sums that merge
 updating.py     the same of a table that grows, loses rows and changes: only these are read
+sampling.py     pairs (example, label), drawn by what they add to it
 table.py        the table ``curvature`` of a run: rows whose second moment is Gauss–Newton's
 gauss_newton.py its products v ↦ Gv with the model at hand, nothing stored
 kfac/           factored over the two sides of each parameter: K-FAC, EK-FAC

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from tda.batch_size import BatchSize
+from tda.curvature.sampling import Sample, draw
 from tda.data import Batch, Dataset, Examples, Picked, batches, describe
 from tda.errors import MismatchError, StoreError, TaskError
 from tda.featurizer import Features, Featurizer, Filler, fill
@@ -50,21 +51,6 @@ ROWS_PER_DIMENSION = 4
 _MOST_CLASSES = 128  # beyond, labels are drawn: a_ic is held for every pair
 _SHARE_AT_RANDOM = 0.05  # of the rows, whatever a_ic says: other checkpoints may weigh it otherwise
 _PROBES = 4
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Pairs (example, label), in order. All ``[row]``.
-
-    example: place in the training set; label: a class, or the number of a draw of D;
-    weight: R/(n π), so that (1/R) Σ_r weight_r y_r estimates (1/n) Σ_i Σ_c y_ic; 1/D of it for
-    draws, of which G is the mean and not the sum.
-    """
-
-    example: np.ndarray
-    label: np.ndarray
-    weight: np.ndarray
-    drawn: bool
 
 
 def check_measurement(measurement: Measurement) -> None:
@@ -119,39 +105,6 @@ def choose(
     num_draws = -(-num_rows // len(dataset))
     sample = draw(np.repeat(importance, num_draws, axis=1), num_rows)
     return replace(sample, weight=sample.weight / np.float32(num_draws), drawn=True)
-
-
-def draw(importance: np.ndarray, num_rows: int, seed: int = 0) -> Sample:
-    """``num_rows`` of the pairs ``[example, label]``, or all of them if there are not so many.
-
-    π = min(1, τ a) with Σ π = num_rows, drawn systematically: of the pairs in a random order, one
-    is taken at every whole step of the running sum of π.
-    """
-    generator = np.random.default_rng(seed)
-    n, labels = importance.shape
-    a = importance.reshape(-1).astype(np.float64)
-    pi = _inclusion(a, min(num_rows, a.size))
-    if num_rows < a.size:
-        order = generator.permutation(a.size)
-        sums = np.cumsum(pi[order])
-        steps = np.arange(num_rows) + generator.random()
-        picked = np.sort(order[np.searchsorted(sums * (num_rows / sums[-1]), steps, "right")])
-    else:
-        picked = np.arange(a.size)
-    weight = len(picked) / (n * pi[picked])
-    return Sample(picked // labels, picked % labels, weight.astype(np.float32), drawn=False)
-
-
-def _inclusion(a: np.ndarray, count: int) -> np.ndarray:
-    """min(1, τ a), with sum ``count``: the t largest for sure and τ = (count − t)/Σ of the rest."""
-    if count == a.size:
-        return np.ones(a.size)
-    falling = np.sort(a)[::-1]
-    rest = np.cumsum(falling[::-1])[::-1]  # rest[t]: all but the t largest
-    sure = np.arange(count)
-    tau = (count - sure) / rest[:count]
-    t = int(np.argmax(tau * falling[:count] <= 1))  # at count − 1 at the latest, but for ties
-    return np.minimum(1.0, tau[t] * a)
 
 
 @torch.no_grad()

@@ -20,9 +20,8 @@ from tda.report.examples import Gallery
 from tda.report.rollups import categories
 from tda.store import Store, Table
 from tda.store.files import Place, Stat, list_folders, stat_file
-from tda.store.manifest import NAME, read_manifest
+from tda.store.manifest import NAME, QUERIES, has_table, read_manifest
 from tda.store.steady import Steady
-from tda.store.table import QUERIES, has_table
 
 Order = Literal["position", "lowest_p", "largest_loss"]
 COLUMNS = ("source", "group", "label")  # by which examples are grouped and filtered

@@ -50,16 +50,20 @@ _ALL = (
 RECIPES: Mapping[str, Recipe] = MappingProxyType({m.RECIPE.name: m.RECIPE for m in _ALL})
 
 
-def get_recipe(recipe: str | Recipe) -> Recipe:
-    """The recipe of that name, or the recipe itself; RecipeError with the nearest name if none."""
+def get_recipe(recipe: str | Recipe, *others: str) -> Recipe:
+    """The recipe of that name, or the recipe itself; RecipeError with the nearest name if none.
+
+    others: names that the caller knows besides.
+    """
     if isinstance(recipe, Recipe):
         return recipe
     if isinstance(recipe, str) and recipe in RECIPES:
         return RECIPES[recipe]
-    near = get_close_matches(str(recipe).lower().replace("-", "_"), RECIPES, n=1)
+    names = [*others, *RECIPES]
+    near = get_close_matches(str(recipe).lower().replace("-", "_"), names, n=1)
     raise RecipeError(
         "no such recipe",
         found=repr(recipe),
-        wanted="a Recipe, or one of " + ", ".join(RECIPES),
+        wanted="a Recipe, or one of " + ", ".join(names),
         do=f"did you mean {near[0]!r}?" if near else None,
     )

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 
 from tda.recipe import CurvatureRows, Recipe
 from tda.recipes import get_recipe, influence, influence_gn, influence_shrunk
-from tda.store.manifest import CURVATURE
-from tda.store.table import has_table
+from tda.store.manifest import CURVATURE, has_table
 
 if TYPE_CHECKING:
     from tda.store import Store
@@ -23,7 +22,7 @@ AUTO = "auto"
 
 def recipe_for(store: Store, recipe: str | Recipe) -> Recipe:
     """The recipe of that name, or the recipe itself; "auto": the one `choose` finds."""
-    return choose(store) if recipe == AUTO else get_recipe(recipe)
+    return choose(store) if recipe == AUTO else get_recipe(recipe, AUTO)
 
 
 def choose(store: Store) -> Recipe:

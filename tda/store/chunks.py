@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from tda.store import kept, remote
-from tda.store.files import Place, Remote, Stat, map_file, stat_file
+from tda.store.files import TRAILER, Place, Remote, Stat, map_file, stat_file
 from tda.store.marks import Damage, Entry, damage
 
 _SETTLED = 2_000_000_000  # ns; a file changed more recently may change again under the same time
@@ -30,6 +30,7 @@ class Chunks:
         self._folder = folder
         self._checked: dict[str, Stat] = {}
         self._coming: dict[str, Future[bool]] = {}
+        self._known: dict[str, Entry] = {}  # remote files that end as their mark says
 
     def whole(self, key: str, entry: Callable[[], Entry]) -> np.ndarray | Damage:
         """All bytes of a file that is what its mark says; or what is wrong with it.
@@ -71,8 +72,9 @@ class Chunks:
     ) -> np.ndarray | None:
         """``[len(picked), row_bytes]`` bytes of a few rows of a remote file, without the others.
 
-        None where the file is to be read whole: it is here, or most of it is wanted. What is read
-        so has the size it was marked with; its checksum cannot be known from a part.
+        None where the file is to be read whole: it is here, most of it is wanted, or it does not
+        end, where its mark says, in the checksum of its mark: then it is another file than the one
+        that was finished. A checksum of the rows themselves there is none (see stores/README.md).
         """
         place = self._folder / key
         if isinstance(place, Path) or not len(picked):
@@ -82,9 +84,14 @@ class Chunks:
         if _FEW * len(rows) * row_bytes > wanted.size or _copy(place, wanted).exists():
             return None
         spans = [(int(row) * row_bytes, (int(row) + 1) * row_bytes) for row in rows]
-        pieces = remote.get_ranges(place, spans)
-        if pieces is None:
+        is_known = self._known.get(key) == wanted
+        end = [] if is_known else [(wanted.size - TRAILER, wanted.size)]
+        pieces = remote.get_ranges(place, [*spans, *end])
+        if pieces is None or (
+            end and bytes(pieces.pop()) != wanted.crc32c.to_bytes(TRAILER, "little")
+        ):
             return None
+        self._known[key] = wanted
         return np.stack([np.frombuffer(piece, np.uint8) for piece in pieces])[inverse]
 
     def _view(self, path: Path, key: str, entry: Callable[[], Entry]) -> np.ndarray | Damage:

@@ -26,6 +26,8 @@ from tda.store.table import Table
 
 KEY = "deleted"
 _RANGES = re.compile(r"[0-9]{1,15}(-[0-9]{1,15})?( [0-9]{1,15}(-[0-9]{1,15})?)*")
+_AS_STORED = {"path", "name", "folder", "manifest", "num_checkpoints", "dim", "hidden", "dtype"}
+_AS_STORED |= {"chunk_rows", "columns", "missing", "require_complete"}
 _SHARES = ("curvature", "weight")  # of the table ``curvature``: they count rows and examples
 
 
@@ -118,7 +120,8 @@ def without_deleted(table: Table) -> Table | Remaining:
 
 @dataclass(frozen=True)
 class Remaining:
-    """A table without its deleted rows; stands in for it wherever it is read.
+    """A table without its deleted rows; stands in for it wherever it is read. What knows of rows
+    is here, and what does not is the stored table's.
 
     kept: the positions that are left, ascending. share: what multiplies the weights of curvature
     rows: R/(n π) of R rows and n examples becomes R'/(n' π) of those that are left, and the mean
@@ -132,54 +135,14 @@ class Remaining:
     def __repr__(self) -> str:
         return f"{self.stored!r} without {self.stored.num_rows - self.num_rows} deleted"
 
-    @property
-    def path(self) -> Place:
-        return self.stored.path
-
-    @property
-    def name(self) -> str:
-        return self.stored.name
-
-    @property
-    def folder(self) -> Place:
-        return self.stored.folder
-
-    @property
-    def manifest(self) -> dict[str, Any]:
-        return self.stored.manifest
+    def __getattr__(self, name: str) -> Any:
+        if name in _AS_STORED:
+            return getattr(self.stored, name)
+        raise AttributeError(f"a table without its deleted rows has no {name!r}")
 
     @property
     def num_rows(self) -> int:
         return len(self.kept)
-
-    @property
-    def num_checkpoints(self) -> int:
-        return self.stored.num_checkpoints
-
-    @property
-    def dim(self) -> int:
-        return self.stored.dim
-
-    @property
-    def hidden(self) -> int | None:
-        return self.stored.hidden
-
-    @property
-    def dtype(self) -> str:
-        return self.stored.dtype
-
-    @property
-    def chunk_rows(self) -> int:
-        return self.stored.chunk_rows
-
-    def columns(self) -> list[str]:
-        return self.stored.columns()
-
-    def missing(self) -> list[tuple[int, int]]:
-        return self.stored.missing()
-
-    def require_complete(self) -> None:
-        self.stored.require_complete()
 
     def rows(self, checkpoint: int, start: int, stop: int) -> Tensor:
         return torch.cat(

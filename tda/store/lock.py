@@ -39,6 +39,7 @@ LEASE = 60.0  # seconds without one after which it is taken for dead
 _POLL = 1.0
 _NAME = "cache/writer"
 _LENGTH = 1024  # bytes of a file that holds a holder
+_ours: set[str] = set()  # tokens of the locks that this process holds or asks for
 _waits: ContextVar[bool] = ContextVar("waits", default=False)
 log = logging.getLogger(__name__)
 
@@ -78,6 +79,8 @@ class Holder:
         """None where it cannot be known: another machine."""
         if self.machine != _machine():
             return None
+        if self.process == os.getpid() and self.token not in _ours:
+            return False  # we gave it up, and storage that was away could not be told
         return _born(self.process) == self.born
 
 
@@ -140,6 +143,7 @@ def sole_writer(run: Place) -> Iterator[None]:
             yield
             return
         lock = _File(file, me)
+    _ours.add(me.token)
     try:
         _take(lock, run)
         over = threading.Event()
@@ -152,6 +156,7 @@ def sole_writer(run: Place) -> Iterator[None]:
             beating.join()
             lock.release()
     finally:
+        _ours.discard(me.token)
         lock.close()
 
 

@@ -14,7 +14,16 @@ from typing import Any
 from tda.errors import DataError, MismatchError, StoreError
 from tda.store.bounds import DOCUMENT_BYTES
 from tda.store.encoding import check_dtype
-from tda.store.files import Place, read_file, seal, to_json, unseal, write_file
+from tda.store.files import (
+    Place,
+    list_files,
+    list_folders,
+    read_file,
+    seal,
+    to_json,
+    unseal,
+    write_file,
+)
 
 FORMAT = 1
 NAME = "manifest.json"
@@ -164,6 +173,18 @@ def rows_depend_on(manifest: Mapping[str, Any], checkpoint: int) -> dict[str, An
 
 def config_hash(parts: Mapping[str, Any]) -> str:
     return blake2b(to_json(parts), digest_size=16).hexdigest()
+
+
+def table_names(run: Place) -> list[str]:
+    """``train``, ``curvature`` and ``queries/NAME``, those that are there. Raises StoreError."""
+    there = list_folders(run)
+    sets = {key.partition("/")[0] for key in list_files(run / QUERIES) if "/" in key}
+    single = [name for name in (TRAIN, CURVATURE) if name in there]
+    return single + [f"{QUERIES}/{name}" for name in sorted(sets)]
+
+
+def has_table(run: Place, name: str) -> bool:
+    return bool(list_folders(run / name))
 
 
 def check_table_name(name: str) -> str:

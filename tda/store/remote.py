@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,6 +29,8 @@ _AT_ONCE = 8  # requests in flight; of writes, their bodies in memory
 _PAGE = 1000  # objects one LIST answers with
 _GAP = 128 * 2**10  # bytes; nearer ranges are read as one
 _RETRY: Any = {"max_retries": 10, "retry_timeout": timedelta(seconds=180)}
+_PAUSE = 1.0  # seconds
+_AWAY = "the storage cannot be reached"
 _SIGNED = re.compile(r"((?:Signature|Credential|X-Amz-[A-Za-z-]+|sig)=)[^&\s]+|(?:AKIA|ASIA)\w{16}")
 _OF_THE_CLIENT = ("allow_http", "timeout", "connect_timeout", "proxy_url")
 _SECRET = re.compile(r"key|secret|token|password|credential", re.IGNORECASE)
@@ -236,14 +239,27 @@ def get_many(places: Sequence[Remote]) -> list[tuple[memoryview, Stat] | None]:
 
 
 def remove(place: Remote) -> None:
-    _ask(place, "DELETE", lambda: _obstore().delete(_client(place), place.key))
+    _delete(place, place.key)
 
 
 def remove_tree(folder: Remote) -> None:
     keys = [(folder / key).key for key, _ in walk(folder)]
     for start in range(0, len(keys), _PAGE):
         some = keys[start : start + _PAGE]
-        _ask(folder, "DELETE", lambda some=some: _obstore().delete(_client(folder), some))  # type: ignore[misc]
+        _delete(folder, some)
+
+
+def _delete(place: Remote, keys: str | list[str]) -> None:
+    """Tried again here too: obstore takes the POST for one that must not be sent twice."""
+    until = time.monotonic() + _RETRY["retry_timeout"].total_seconds()
+    for again in range(_RETRY["max_retries"], -1, -1):
+        try:
+            _ask(place, "DELETE", lambda: _obstore().delete(_client(place), keys))
+            return
+        except UnreachableError as error:
+            if not again or error.what != _AWAY or time.monotonic() > until:
+                raise
+        time.sleep(_PAUSE)
 
 
 def _obstore() -> Any:
@@ -302,7 +318,9 @@ def _profile(name: str) -> Any:
 
 
 def _ask(place: Remote, kind: str, call: Callable[[], T]) -> T | None:
-    """One request, counted; None where there is no such object. Raises UnreachableError.
+    """One request, counted; None where there is no such object, or range of it.
+
+    Raises UnreachableError.
 
     Nothing of the original error is chained: its text and traceback may quote signed requests.
     """
@@ -317,10 +335,12 @@ def _ask(place: Remote, kind: str, call: Callable[[], T]) -> T | None:
         do = "check the credentials (AWS_ACCESS_KEY_ID …, AWS_PROFILE) and what they may do"
     except (errors.BaseError, OSError) as error:
         found = error_said(error)
+        if "InvalidRange" in found:  # the object is shorter than it was
+            return None
         if "NoSuchBucket" in found:
             what, do = "there is no such bucket", "make it first, or check its name"
         else:
-            what = "the storage cannot be reached"
+            what = _AWAY
             do = (
                 "check the network and the endpoint, then run the same command again: what is "
                 "finished is kept"

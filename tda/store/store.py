@@ -19,13 +19,15 @@ from tda.store.manifest import (
     TRAIN,
     check_manifest,
     check_table_name,
+    has_table,
     read_manifest,
     redo,
     require_same,
+    table_names,
     write_manifest,
 )
 from tda.store.planning import grow_checkpoints, plan_table
-from tda.store.table import Table, has_table, table_names
+from tda.store.table import Table
 from tda.store.verify import Fault, find_faults
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import cached_property, partial
+from functools import cached_property
 from hashlib import blake2b
 from typing import Any
 
@@ -12,59 +12,32 @@ import torch
 from torch import Tensor
 
 from tda.errors import StoreError
-from tda.store.arrays import ArraySpec
-from tda.store.bounds import table_fault
-from tda.store.chunks import AHEAD, Chunks
-from tda.store.encoding import decode_rows, decode_strings
+from tda.store.chunks import Chunks
+from tda.store.encoding import decode_strings
 from tda.store.files import (
-    TRAILER,
     Place,
-    Remote,
     Stat,
     list_files,
-    list_folders,
     read_file,
     read_files,
     remove_unfinished,
     stat_file,
 )
 from tda.store.incoming import encode_chunk
-from tda.store.manifest import (
-    CURVATURE,
-    QUERIES,
-    TRAIN,
-    config_hash,
-    cure,
-    read_manifest,
-    redo,
-    rows_depend_on,
-)
+from tda.store.manifest import config_hash, read_manifest, rows_depend_on
 from tda.store.marks import (
     STATIC,
-    Entry,
     Mark,
     chunk_mark,
     have_sizes,
-    is_document,
     read_mark,
     remove_mark,
     write_chunks,
     write_mark,
 )
+from tda.store.reading import Reading, damaged, open_specs, unfinished
 
 _NUMBERS = frozenset(("rows", "scale", "embedding"))  # read by their own methods
-
-
-def table_names(run: Place) -> list[str]:
-    """``train``, ``curvature`` and ``queries/NAME``, those that are there. Raises StoreError."""
-    there = list_folders(run)
-    sets = {key.partition("/")[0] for key in list_files(run / QUERIES) if "/" in key}
-    single = [name for name in (TRAIN, CURVATURE) if name in there]
-    return single + [f"{QUERIES}/{name}" for name in sorted(sets)]
-
-
-def has_table(run: Place, name: str) -> bool:
-    return bool(list_folders(run / name))
 
 
 class Table:
@@ -81,9 +54,10 @@ class Table:
         self.name = name
         self.folder = path / name
         self.manifest = read_manifest(path)
-        self._chunks = chunks or Chunks(self.folder)
+        chunks = chunks or Chunks(self.folder)
         self.static = self._open_static()
-        self.specs = self._open_specs()
+        self.specs = open_specs(self, chunks)
+        self._reading = Reading(self, chunks)
 
     def __reduce__(self) -> tuple:
         return Table, (self.path.absolute(), self.name)  # a worker may run in another folder
@@ -94,26 +68,8 @@ class Table:
     def _open_static(self) -> Mark:
         mark = read_mark(self.folder / STATIC)
         if mark is None:
-            raise self._error("this table is not ready or its mark is damaged", STATIC)
+            raise damaged(self, "this table is not ready or its mark is damaged", STATIC)
         return mark
-
-    def _open_specs(self) -> dict[str, ArraySpec]:
-        specs = {}
-        for key in filter(is_document, self.static.files):
-            document = self._chunks.whole(key, partial(self.static.files.__getitem__, key))
-            if isinstance(document, str):
-                raise self._error(f"a metadata document is {document}", key)
-            if key not in ("zarr.json", "done/zarr.json"):
-                name = key.partition("/")[0]
-                try:
-                    specs[name] = ArraySpec.parse(name, document.tobytes())
-                except ValueError as error:
-                    raise self._error("a metadata document makes no sense", key, error) from error
-        sizes = {key: entry.size for key, entry in self.static.files.items()}
-        misfit = table_fault(specs, sizes)
-        if misfit is not None:
-            raise self._error("the arrays of this table do not fit together", STATIC, misfit)
-        return specs
 
     # ---- shape
 
@@ -173,7 +129,8 @@ class Table:
         """Raises StoreError, with what finishes it, unless every chunk is finished."""
         missing = self.missing()
         if missing:
-            raise self._unfinished(
+            raise unfinished(
+                self,
                 f"{len(missing)} of {self.num_checkpoints * self.num_chunks} chunks",
                 self.folder,
             )
@@ -281,7 +238,9 @@ class Table:
         parts = []
         for spec in specs:
             found = [
-                torch.from_numpy(self._chunk(spec, checkpoint, chunk))[first - low : last - low]
+                torch.from_numpy(self._reading.chunk(spec, checkpoint, chunk))[
+                    first - low : last - low
+                ]
                 for chunk, first, last in self._pieces(start, stop)
                 for low in [chunk * self.chunk_rows]
             ]
@@ -316,7 +275,7 @@ class Table:
             chunk = int(index[group[0]] // self.chunk_rows)
             picked = index[group] - chunk * self.chunk_rows
             part = torch.empty((len(group), self.dim))
-            self._decode("rows", checkpoint, chunk, picked, part)
+            self._reading.decode("rows", checkpoint, chunk, picked, part)
             out[torch.from_numpy(group)] = part
         return out
 
@@ -340,7 +299,9 @@ class Table:
         for place in places:
             for chunk, start in enumerate(range(0, n, size)):
                 stop = min(start + size, n)
-                out[(*place, slice(start, stop))] = self._chunk(spec, *place, chunk)[: stop - start]
+                out[(*place, slice(start, stop))] = self._reading.chunk(spec, *place, chunk)[
+                    : stop - start
+                ]
         return decode_strings(out) if spec.encoding == "utf-8" else out
 
     def entries(self, name: str, indices: Any) -> np.ndarray:
@@ -359,7 +320,7 @@ class Table:
         for chunk in np.unique(index // spec.chunk_rows):
             here = index // spec.chunk_rows == chunk
             pick = index[here] - chunk * spec.chunk_rows
-            out[here] = self._picked(spec, (int(chunk),), pick)
+            out[here] = self._reading.picked(spec, (int(chunk),), pick)
         return decode_strings(out) if spec.encoding == "utf-8" else out
 
     def _read(self, name: str, checkpoint: int, start: int, stop: int) -> Tensor:
@@ -367,23 +328,11 @@ class Table:
             raise IndexError(f"examples {start}:{stop} of {self.num_rows}")
         out = torch.empty((stop - start, self.specs[name].shape[2]))
         for chunk, first, last in self._pieces(start, stop):
-            self._look_ahead(name, checkpoint, chunk)
+            self._reading.ahead(name, checkpoint, chunk)
             offset = chunk * self.chunk_rows
             local = slice(first - offset, last - offset)
-            self._decode(name, checkpoint, chunk, local, out[first - start : last - start])
+            self._reading.decode(name, checkpoint, chunk, local, out[first - start : last - start])
         return out
-
-    def _look_ahead(self, name: str, checkpoint: int, chunk: int) -> None:
-        """Who reads a chunk of rows reads on: those of a remote table are fetched meanwhile."""
-        if self._is_remote:
-            places = [(checkpoint, i) for i in range(chunk, self.num_chunks)][: AHEAD + 1]
-            keys = [self.specs[name].key(*place) for place in places]
-            known = self._marks_at_first
-            self._chunks.ahead(
-                (key, known[place].files[key])
-                for key, place in zip(keys, places, strict=True)
-                if place in known
-            )
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         while start < stop:
@@ -391,76 +340,3 @@ class Table:
             last = min(stop, (chunk + 1) * self.chunk_rows)
             yield chunk, start, last
             start = last
-
-    def _decode(
-        self, name: str, checkpoint: int, chunk: int, pick: slice | np.ndarray, out: Tensor
-    ) -> None:
-        spec = self.specs[name]
-        scale = None
-        if spec.encoding == "int8":
-            scale = self._picked(self.specs["scale"], (checkpoint, chunk), pick)
-        decode_rows(self._picked(spec, (checkpoint, chunk), pick), scale, out)
-
-    def _chunk(self, spec: ArraySpec, *grid: int) -> np.ndarray:
-        """The stored chunk ``[chunk_rows, …]`` as a view of its file, checked."""
-        if spec.per_checkpoint and not 0 <= grid[0] < self.num_checkpoints:
-            raise IndexError(f"checkpoint {grid[0]} of {self.num_checkpoints}")
-        key, wanted = spec.key(*grid), spec.num_bytes + TRAILER
-        data = self._chunks.whole(key, lambda: self._entry(spec, grid))
-        if isinstance(data, str):
-            self._entry(spec, grid)  # says so if the chunk was never finished
-            if data == "torn":
-                stat = stat_file(self.folder / key)
-                raise self._error("a chunk file is torn", key, stat and stat.size, wanted)
-            found = "its checksum does not match" if data == "altered" else None
-            what = "a chunk file was altered" if data == "altered" else "a chunk file is missing"
-            raise self._error(what, key, found)
-        if len(data) != wanted:
-            raise self._error("a chunk file is torn", key, len(data), wanted)
-        return spec.unpack(data[:-TRAILER])
-
-    def _picked(
-        self, spec: ArraySpec, grid: tuple[int, ...], pick: slice | np.ndarray
-    ) -> np.ndarray:
-        """Rows ``[len(pick), …]`` of a stored chunk."""
-        if isinstance(pick, np.ndarray):
-            key = spec.key(*grid)
-            few = self._chunks.rows(key, lambda: self._entry(spec, grid), pick, spec.row_bytes)
-            if few is not None:
-                return spec.unpack_rows(few)
-        return self._chunk(spec, *grid)[pick]
-
-    def _entry(self, spec: ArraySpec, grid: tuple[int, ...]) -> Entry:
-        if not spec.per_checkpoint:
-            entry = self.static.files.get(spec.key(*grid))
-            if entry is None:
-                raise self._error("a chunk file has no mark", spec.key(*grid))
-            return entry
-        mark = self._marks_at_first.get(grid) if self._is_remote else self.mark(*grid)
-        if mark is None:
-            key = chunk_mark(*grid)
-            raise self._unfinished(f"chunk {grid[1]} of checkpoint {grid[0]}", self.folder / key)
-        return mark.files[spec.key(*grid)]
-
-    @property
-    def _is_remote(self) -> bool:
-        return isinstance(self.folder, Remote)
-
-    @cached_property
-    def _marks_at_first(self) -> dict[tuple[int, ...], Mark]:
-        """All marks at once: a remote table is read as it was when its first chunk was."""
-        return dict(self.marks(list_files(self.folder)).items())
-
-    def _unfinished(self, what: str, where: object) -> StoreError:
-        return StoreError(
-            f"{what} of {self.name!r} not computed yet", where=where, do=redo(self.name)
-        )
-
-    def _error(
-        self, what: str, key: str, found: object = None, wanted: object = None
-    ) -> StoreError:
-        path = self.folder / key
-        do = cure(self.path, self.name)
-        if wanted is not None:
-            found, wanted = f"{found} bytes", f"{wanted} bytes"
-        return StoreError(what, where=path, found=found, wanted=wanted, do=do)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from tda.errors import StoreError
 from tda.store.files import TMP, Place, is_writable, list_files, map_file, read_file, stat_file
-from tda.store.manifest import BASES, NAME, cure, read_manifest, redo
+from tda.store.manifest import BASES, NAME, cure, read_manifest, redo, table_names
 from tda.store.marks import (
     FOLDER,
     STATIC,
@@ -22,7 +22,7 @@ from tda.store.marks import (
     read_mark,
     remove_mark,
 )
-from tda.store.table import Table, table_names
+from tda.store.table import Table
 
 _WHAT = {
     "missing": "the file is gone",

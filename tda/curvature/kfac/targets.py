@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tda.curvature.table import draw
+from tda.curvature.sampling import draw
 from tda.data import Batch, Dataset, collate, read
 from tda.gradients import Gradients
 from tda.gradients.exact import example_of

@@ -1,0 +1,149 @@
+"""Index: a training set featurized into a store, from the beginning or from where it was left."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from importlib.metadata import version
+from typing import Any, Literal
+
+from tda import __version__
+from tda.batch_size import BatchSize, check_batch_size
+from tda.cluster import Cluster, working
+from tda.curvature.table import check_measurement
+from tda.data import Dataset, as_dataset, describe
+from tda.errors import ConfigError, TaskError
+from tda.featurizer import Featurizer, filler
+from tda.filling import Filling
+from tda.gradients import shapes_of
+from tda.progress import progress_bar
+from tda.projection import Projection, bases_to_bytes
+from tda.run import Run, bases_digest, read_bases
+from tda.store import Store
+from tda.store.files import Place, as_place, stat_file, write_file
+from tda.store.lock import sole_writer
+from tda.store.manifest import BASES
+from tda.task import Task
+from tda.training.metric import check_projection
+
+_CHUNK_BYTES = 8 * 2**20  # of rows: larger buffers page-fault on every read
+_MAX_CHUNK_ROWS = 4096
+_ITEM_BYTES = {"bfloat16": 2, "float32": 4, "int8": 1}
+_VERSIONS = ("torch", "numpy", "zarr")
+
+
+def index(
+    task: Task,
+    dataset: Any,
+    path: str | Place,
+    *,
+    proj_dim: int = 2048,
+    projection: str | Projection = "count_sketch",
+    seed: int = 0,
+    dtype: Literal["bfloat16", "float32", "int8"] = "bfloat16",
+    batch_size: BatchSize = "auto",
+    chunk_rows: int | None = None,
+    gauss_newton: bool = False,
+    workers: int | str | Cluster | None = None,
+    progress: bool = True,
+) -> Run:
+    """Featurize a training set at every checkpoint of a task into the store at ``path``.
+
+    dataset: map-style, or arrays (see `tda.data`); read from a second thread. projection: a kind
+    (``proj_dim`` and ``seed`` go with it) or a `Projection`. dtype: of the stored rows. batch_size:
+    examples computed at once (`tda.batch_size`). chunk_rows: rows written at once, by default
+    8 MiB. gauss_newton: also `Run.add_curvature`, for recipe "influence_gn". workers: so many
+    processes, the address of a Dask scheduler, or a `Cluster`; the store is the same.
+
+    The same call resumes an interrupted run, and does nothing where it is complete. With more
+    examples at the end of the data, or more checkpoints at the end of the list, it computes those.
+    Raises MismatchError where the store was made with something else; nothing is overwritten.
+    """
+    if isinstance(projection, str):
+        projection = Projection(projection, proj_dim, seed)
+    check_batch_size(batch_size)
+    if not isinstance(task, Task):
+        raise TaskError(
+            "the first argument is not a task",
+            found=type(task).__name__,
+            do="index(tda.Task(model, checkpoints=[…]), dataset, path)",
+        )
+    if gauss_newton:
+        check_measurement(task.measurement)
+    path, data = as_place(path), as_dataset(dataset)
+    with working(workers, progress):
+        with progress_bar("reading the data", len(data), progress) as tick:
+            examples = describe(data, tick)
+        with sole_writer(path):
+            run = _open_or_create(
+                task, data, path, projection, dtype, chunk_rows, batch_size, progress
+            )
+            run._plan("train", examples, data)
+            if progress and run.featurizer().audit is not None:
+                print(run.featurizer().audit, file=sys.stderr)
+            Filling(run, "train", filler, data, batch_size).finish("indexing", progress)
+        if gauss_newton:
+            run.add_curvature(data, batch_size=batch_size, progress=progress)
+    return run
+
+
+def _open_or_create(
+    task: Task,
+    data: Dataset,
+    path: Place,
+    projection: Projection,
+    dtype: str,
+    chunk_rows: int | None,
+    batch_size: BatchSize,
+    progress: bool,
+) -> Run:
+    shapes = shapes_of(task.model)
+    stored = Store.open(path).manifest if stat_file(path / "manifest.json") else None
+    featurizer = Featurizer(task)
+    if task.metric != "euclidean":
+        check_projection(task.metric, projection)
+    if stored is None:
+        projection = projection.resolve(shapes, featurizer.probe(data).rank_one)
+    else:
+        projection = projection.resolve(shapes, stored["projection"].get("rank_one", ()))
+    bases = None
+    if projection.needs_pilot and stored is None:
+        bases = featurizer.fit(projection, data, batch_size, progress)
+        write_file(path / BASES, bases_to_bytes(bases))
+    elif stored is not None and projection.needs_pilot:
+        bases = read_bases(path, stored, task)
+    projector = featurizer.bind(projection, bases)
+    spec = {**projection.spec(), "dim": projector.dim}
+    if bases is not None:
+        spec["bases_digest"] = bases_digest(bases_to_bytes(bases))
+    layers = [{"name": n, "offset": o, "size": s} for n, o, s in projector.layers]
+    if chunk_rows is None:
+        chunk_rows = stored["chunk_rows"] if stored else _chunk_rows(projector.dim, dtype)
+    manifest = {
+        "format": 1,
+        **task.manifest(),
+        "projection": spec,
+        **({"layers": layers} if layers else {}),
+        "dtype": dtype,
+        "chunk_rows": chunk_rows,
+        "versions": {
+            "tda": __version__,
+            "python": platform.python_version(),
+            **{package: version(package) for package in _VERSIONS},
+        },
+    }
+    known = len(stored["checkpoints"]) if stored else len(manifest["checkpoints"])
+    added = manifest["checkpoints"][known:]
+    store = Store.create(path, {**manifest, "checkpoints": manifest["checkpoints"][:known]})
+    for checkpoint in added:
+        store.add_checkpoint(checkpoint)
+    run = Run(store, task)
+    run._featurizer = featurizer
+    return run
+
+
+def _chunk_rows(dim: int, dtype: str) -> int:
+    if dtype not in _ITEM_BYTES:
+        raise ConfigError(f"unknown dtype {dtype!r}", wanted=", ".join(_ITEM_BYTES))
+    rows = _CHUNK_BYTES // (dim * _ITEM_BYTES[dtype])
+    return max(1, min(rows, _MAX_CHUNK_ROWS))
