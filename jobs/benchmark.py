@@ -6,6 +6,7 @@
 
     python jobs/benchmark.py                  # everything, one thread
     python jobs/benchmark.py --only indexing  # start | indexing | costs | scoring | large | growth
+                                              # | peers
     python jobs/benchmark.py --repeats 1      # shorter
 
 What is measured, and how, is said in jobs/benchmarks/, a file a part.
@@ -29,6 +30,7 @@ from benchmarks.costs import costs
 from benchmarks.growth import growth
 from benchmarks.indexing import indexing
 from benchmarks.large import large
+from benchmarks.peers import peers
 from benchmarks.scoring import scoring
 from benchmarks.start import start
 from benchmarks.timing import Rows
@@ -42,6 +44,7 @@ PARTS: dict[str, Callable[[int], list[Rows]]] = {
     "scoring": lambda repeats: [scoring()],
     "large": lambda repeats: [large()],
     "growth": lambda repeats: growth(),
+    "peers": lambda repeats: [peers()],
 }
 
 console = Console()
