@@ -42,7 +42,9 @@ class Bundle:
 
     @property
     def is_classification(self) -> bool:
-        return self.train.tensors[1].dtype == torch.int64 and self.train.tensors[1].ndim == 1
+        targets = self.train.tensors[1]
+        is_label = targets.dtype == torch.int64 and targets.ndim == 1
+        return is_label and self.task != "fashion_ddpm"  # which has labels, and does not see them
 
     def weights(self, index: int) -> dict[str, Tensor]:
         return torch.load(self.path / self.checkpoints[index]["file"], weights_only=True)
