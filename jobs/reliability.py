@@ -1,12 +1,15 @@
 """How a run fares when processes are struck and strangers meddle: writes jobs/RELIABILITY.md.
 
-    python jobs/reliability.py                   about 200 strikes, 10,000 hostile inputs
+    python jobs/reliability.py                          > 220 strikes, 10,000 hostile inputs
     python jobs/reliability.py --kills 0.1 --inputs 500
+    python jobs/reliability.py --only cut,read_only     these kinds of strike, and nothing else
 
 Hardware: two cores; 30 minutes when they are free. Some kinds need root (a disk of their own).
 Expected: no row lost or altered, no input that is neither detected nor harmless. The parts:
 
     jobs/faults/kills.py      processes of one machine that index
+    jobs/faults/disks.py      their disk is full, or turns read-only in mid-write
+    jobs/faults/storage.py    object storage, and the network to it
     jobs/faults/workers.py    a cluster: workers, scheduler, client
     jobs/faults/hostile.py    files of a run changed at random, or by somebody who knows the format
 """
@@ -25,15 +28,18 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from dataclasses import asdict
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
-from faults import hostile, kills, workers
+from faults import hostile
+from faults.site import Campaign
 
+PARTS = ("kills", "storage", "workers", "disks")
 PIECE = 200  # inputs a process is given at a time
 PAGE = Path(__file__).with_name("RELIABILITY.md")
 VERDICTS = ("detected", "harmless", "another")
@@ -50,44 +56,71 @@ def _inputs(piece: int) -> dict[str, Any]:
     return {"counts": counts, "failures": outcome.failures, "unnamed": outcome.unnamed}
 
 
-def _strikes(kind: str, share: float) -> list[dict[str, Any]]:
-    folder = Path(tempfile.mkdtemp(prefix="tda-kills-"))
-    campaign = kills.campaign if kind == "process" else workers.campaign
-    try:
-        return [asdict(tally) for tally in campaign(folder, share)]
-    finally:
-        shutil.rmtree(folder)
+def _strikes(part: str, share: float, only: Sequence[str]) -> list[dict[str, Any]]:
+    """A part's kinds of strike, or those of them that are named in ``only``."""
+    where = "/dev/shm" if os.path.isdir("/dev/shm") else None  # what is killed loses no page
+    folder = Path(tempfile.mkdtemp(prefix="tda-strikes-", dir=where))
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        campaign = _campaign(part, stack)
+        kinds = {k: n for k, n in campaign.kinds.items() if not only or k.__name__ in only}
+        return [asdict(tally) for tally in replace(campaign, kinds=kinds).run(folder, share)]
 
 
-def run(inputs: int, share: float, processes: int, until: float) -> dict[str, Any]:
+def _campaign(part: str, stack: ExitStack) -> Campaign:
+    from faults import disks, kills
+
+    if part == "workers":
+        from faults import workers
+
+        return workers.CAMPAIGN
+    if part == "storage":
+        from faults.storage import Storage
+
+        storage = Storage()
+        stack.callback(storage.close)
+        return storage.campaign
+    return {"kills": kills, "disks": disks}[part].CAMPAIGN
+
+
+def run(
+    inputs: int, share: float, only: Sequence[str], processes: int, until: float
+) -> dict[str, Any]:
     """Everything, side by side, until it is done or the time is up; what is done then is told."""
     context = multiprocessing.get_context("spawn")
-    found: dict[str, Any] = {"inputs": [], "strikes": []}
+    strikes: dict[str, Any] = {}
+    found: dict[str, Any] = {"inputs": [], "strikes": [], "broken": []}
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
         waiting: dict[Future[Any], str] = {}
-        waiting |= {pool.submit(_strikes, kind, share): kind for kind in ("process", "cluster")}
+        waiting |= {pool.submit(_strikes, part, share, only): part for part in PARTS}
         waiting |= {pool.submit(_inputs, i): "inputs" for i in range(-(-inputs // PIECE))}
         for future in as_completed(waiting):
             if future.cancelled():
                 continue
-            if waiting[future] == "inputs":
+            part = waiting[future]
+            error = future.exception()
+            if error is not None:
+                found["broken"].append(f"{part}: {type(error).__name__}: {error}")
+            elif part == "inputs":
                 found["inputs"].append(future.result())
             else:
-                found["strikes"] += future.result()
-            print(f"{len(found['inputs']) * PIECE} inputs", file=sys.stderr)
+                strikes[part] = future.result()
+            print(f"{len(found['inputs']) * PIECE} inputs, {', '.join(strikes)}", file=sys.stderr)
             if time.time() > until:
                 for other in waiting:
                     other.cancel()
+    found["strikes"] = [tally for part in PARTS for tally in strikes.get(part, ())]
     return found
 
 
-def page(found: dict[str, Any], seconds: float) -> str:
+def page(found: dict[str, Any], command: str, seconds: float) -> str:
     strikes = found["strikes"]
     lines = [
         "# Reliability",
         "",
-        f"Written by `python jobs/reliability.py` in {seconds / 60:.0f} minutes on "
-        f"{os.cpu_count()} cores ({platform.machine()}, Python {platform.python_version()}).",
+        f"Written by `{command}` in {seconds / 60:.0f} minutes on {_num_cores()} "
+        f"({platform.machine()}, Python {platform.python_version()}).",
+        *("", *(f"**Broken: {text.splitlines()[0]}**" for text in found["broken"])),
         "",
         "## Struck at a random moment, then finished by the same command",
         "",
@@ -140,20 +173,36 @@ def _row(what: str, counts: dict[str, int]) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
+def _num_cores() -> str:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return "one core" if cores == 1 else f"{cores} cores"
+
+
 def main(given: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--inputs", type=int, default=10_000, help="hostile inputs")
     parser.add_argument("--kills", type=float, default=1.0, help="share of the usual strikes")
+    parser.add_argument("--only", default="", help="kinds of strike, by the names of functions")
     parser.add_argument("--processes", type=int, default=(os.cpu_count() or 1) + 1)
     parser.add_argument("--minutes", type=float, default=120, help="begin nothing after so many")
     parser.add_argument("--out", type=Path, default=PAGE)
     asked = parser.parse_args(given)
+    only = asked.only.split(",") if asked.only else []
+    inputs = 0 if only else asked.inputs
+    command = " ".join(["python jobs/reliability.py", *(sys.argv[1:] if given is None else given)])
     started = time.time()
-    found = run(asked.inputs, asked.kills, asked.processes, started + 60 * asked.minutes)
+    until = started + 60 * asked.minutes
+    found = run(inputs, asked.kills, only, asked.processes, until)
     asked.out.with_suffix(".json").write_text(json.dumps(found, indent=1))
-    asked.out.write_text(page(found, time.time() - started))
+    asked.out.write_text(page(found, command, time.time() - started))
     print(asked.out)
-    return 0
+    return int(_is_bad(found))
+
+
+def _is_bad(found: dict[str, Any]) -> bool:
+    """Whether anything was lost, altered, overlooked or left undone."""
+    strikes = any(t["rows_lost"] or t["rows_altered"] for t in found["strikes"])
+    return bool(strikes or found["broken"] or any(piece["failures"] for piece in found["inputs"]))
 
 
 if __name__ == "__main__":

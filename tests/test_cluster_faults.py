@@ -14,6 +14,8 @@ of the real command line, and any of them may be repeated at random moments.
 
 With a scheduler and workers of their own (`dask scheduler`, `dask worker`) the same commands take
 ``--scheduler FILE``: `Site.start_scheduler()` gives the processes, any of which may be killed.
+A file ``hungry`` in the folder makes workers need more memory than they may have; ``hungry-once``
+makes one of them, which takes the file away.
 """
 
 from __future__ import annotations
@@ -60,6 +62,14 @@ def logged(self, batch, num_examples, train=False):
     with open("log", "a") as file:
         file.write(f"{{os.getpid()}}\\n")
     time.sleep(float(os.environ["PAUSE"]))
+    try:
+        os.remove("hungry-once")
+        hungry = True
+    except FileNotFoundError:
+        hungry = os.path.exists("hungry")
+    if hungry:
+        held = torch.ones(int(os.environ["HUNGER"]) // 4)
+        time.sleep(60)
     return featurize(self, batch, num_examples, train)
 
 Featurizer.__call__ = logged
@@ -103,15 +113,26 @@ class Site:
             PAUSE=str(self.pause if pause is None else pause),
         )
 
-    def start_scheduler(self, num_workers: int = 2, memory: str = "0") -> list[subprocess.Popen]:
-        """`dask scheduler` and workers of `memory` bytes each; they share ``scheduler.json``."""
+    def start_scheduler(self, num_workers: int = 2, memory: int = 0) -> list[subprocess.Popen]:
+        """`dask scheduler` and workers of `memory` bytes each; they share ``scheduler.json``.
+
+        A piece that ends a worker's process is given to two more workers.
+        """
         dask = [sys.executable, "-m", "dask"]
         there = ["--scheduler-file", "scheduler.json"]
         host = ["--host", "127.0.0.1", "--no-dashboard"]
-        scheduler = self._spawn([*dask, "scheduler", *there, *host, "--port", "0"], PAUSE="0")
-        worker = [*dask, "worker", *there, *host, "--nthreads", "1", "--memory-limit", memory]
-        pause = str(self.pause)
-        return [scheduler, *(self._spawn(worker, PAUSE=pause) for _ in range(num_workers))]
+        (self.folder / "scheduler.json").unlink(missing_ok=True)
+        scheduler = self._spawn(
+            [*dask, "scheduler", *there, *host, "--port", "0"],
+            PAUSE="0",
+            DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES="2",
+        )
+        worker = [*dask, "worker", *there, *host, "--nthreads", "1", "--memory-limit", str(memory)]
+        about = {"PAUSE": str(self.pause), "HUNGER": str(memory)}
+        servers = [scheduler, *(self._spawn(worker, **about) for _ in range(num_workers))]
+        while not (self.folder / "scheduler.json").exists() and scheduler.poll() is None:
+            time.sleep(0.01)
+        return servers
 
     def _spawn(self, command: list[str], **environment: str) -> subprocess.Popen:
         root = str(Path(tda.__file__).parents[1])
@@ -139,16 +160,24 @@ class Site:
 
     def wait_for_marks(self, count: int, process: subprocess.Popen | None = None) -> None:
         """Until so many chunks are finished, or the process has ended."""
-        done = self.folder / "run/train/done"
         deadline = time.monotonic() + 120
-        while len(list(done.glob("c*.json"))) < count and time.monotonic() < deadline:
+        while self.num_marks() < count and time.monotonic() < deadline:
             if process is not None and process.poll() is not None:
                 return
             time.sleep(0.005)
 
     def num_computed(self) -> int:
         """Chunks computed by all that was started, finished or not."""
-        return len((self.folder / "log").read_text().splitlines())
+        log = self.folder / "log"
+        return len(log.read_text().splitlines()) if log.exists() else 0
+
+    def num_marks(self) -> int:
+        """Chunks that are finished."""
+        return len(list((self.folder / "run/train/done").glob("c*.json")))
+
+    def errors(self) -> str:
+        """What all processes have said."""
+        return (self.folder / "errors").read_text()
 
     def strike(self, process: subprocess.Popen, whom: str, number: int) -> int:
         """Send a signal to the client or to one of its workers that has begun a chunk; its pid."""
@@ -345,6 +374,31 @@ def test_a_scheduler_of_its_own_may_be_killed(tmp_path, undisturbed, which) -> N
         assert "the scheduler is gone" in (site.folder / "errors").read_text()
     assert site.finish() == undisturbed
     assert site.num_computed() <= NUM_CHUNKS + 3
+
+
+MEMORY = 1536 * 2**20  # of a worker: it holds PyTorch, and no more than that again
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("always", [False, True])
+def test_a_worker_over_its_memory_is_ended_and_the_work_goes_on_or_says_why(
+    tmp_path, undisturbed, always
+) -> None:
+    site = Site(tmp_path / "site")
+    (site.folder / ("hungry" if always else "hungry-once")).touch()
+    servers = site.start_scheduler(memory=MEMORY)
+    try:
+        code = site.start("--scheduler", "scheduler.json").wait(180)
+    finally:
+        for server in servers:
+            server.terminate()
+    assert code == int(always), site.errors()
+    assert "memory" in site.errors()  # of Dask, who has ended it
+    if always:
+        assert "a piece of work ended the process of every worker that took it" in site.errors()
+        assert "3 workers were lost at it" in site.errors()
+        (site.folder / "hungry").unlink()
+    assert site.finish() == undisturbed
 
 
 @pytest.mark.slow

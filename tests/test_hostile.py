@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,12 +14,11 @@ JOBS = Path(__file__).parents[1] / "jobs"
 
 @pytest.fixture(scope="module")
 def hostile():
-    spec = importlib.util.spec_from_file_location("hostile", JOBS / "faults" / "hostile.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["hostile"] = module  # dataclasses look themselves up there
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(JOBS))
+        from faults import hostile
+
+        yield hostile
 
 
 def check(outcome) -> None:
@@ -42,11 +39,13 @@ def test_many_hostile_runs_are_detected_or_harmless(hostile, tmp_path, seed):
 
 @pytest.mark.parametrize("name", ["cache", "train", "train/rows", "train/rows/c", "evaluate"])
 def test_a_link_to_elsewhere_is_refused_before_anything_is_read_or_written(hostile, tmp_path, name):
-    sound = hostile.Sound.make(tmp_path)
+    from faults.sound import Sound, make_run
+
+    sound = Sound.make(tmp_path)
     place = sound.path / name
     place.rename(tmp_path / "moved")
     place.symlink_to(tmp_path / "moved")
-    for use in (lambda: Store.open(sound.path), lambda: hostile.make_run(sound.path)):
+    for use in (lambda: Store.open(sound.path), lambda: make_run(sound.path)):
         with pytest.raises(StoreError, match="link") as caught:
             use()
         assert str(caught.value.where) == str(place)

@@ -208,7 +208,7 @@ def put(place: Remote, data: bytes, mode: Any = "overwrite") -> Stat | None:
             return None
         return Stat(len(data), 0, done["e_tag"])
 
-    done = _ask(place, "PUT", call)
+    done = (_ask if free else _ask_again)(place, "PUT", call)
     if done is None and free:
         raise UnreachableError("there is no such bucket", where=place, do="make it first")
     traffic["up"] += len(data)
@@ -250,16 +250,23 @@ def remove_tree(folder: Remote) -> None:
 
 
 def _delete(place: Remote, keys: str | list[str]) -> None:
-    """Tried again here too: obstore takes the POST for one that must not be sent twice."""
+    _ask_again(place, "DELETE", lambda: _obstore().delete(_client(place), keys))
+
+
+def _ask_again(place: Remote, kind: str, call: Callable[[], T]) -> T | None:
+    """As `_ask`, for what obstore sends only once: deletions, and writes on a condition.
+
+    Where the answer was lost, the second finds it done: who writes so looks whether it was itself.
+    """
     until = time.monotonic() + _RETRY["retry_timeout"].total_seconds()
     for again in range(_RETRY["max_retries"], -1, -1):
         try:
-            _ask(place, "DELETE", lambda: _obstore().delete(_client(place), keys))
-            return
+            return _ask(place, kind, call)
         except UnreachableError as error:
             if not again or error.what != _AWAY or time.monotonic() > until:
                 raise
         time.sleep(_PAUSE)
+    raise AssertionError("the last one returns or raises")
 
 
 def _obstore() -> Any:
