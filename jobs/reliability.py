@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import multiprocessing
 import os
 import platform
@@ -49,6 +50,7 @@ def _inputs(piece: int) -> dict[str, Any]:
     folder = Path(tempfile.mkdtemp(prefix="tda-hostile-"))
     try:
         hostile.limit_memory()
+        logging.getLogger("tda").setLevel(logging.ERROR)
         outcome = hostile.campaign(folder, PIECE, seed=1000 + piece)
     finally:
         shutil.rmtree(folder)

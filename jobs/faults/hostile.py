@@ -8,7 +8,6 @@ match their checksums, too long, too much memory, a file touched outside the run
 
 from __future__ import annotations
 
-import logging
 import random
 import resource
 import signal
@@ -121,7 +120,6 @@ def limit_memory() -> None:
 def campaign(folder: Path, count: int, seed: int = 0, kinds: Any = None) -> Outcome:
     """``count`` hostile inputs, a function of the seed."""
     torch.set_num_threads(1)
-    logging.getLogger("tda").setLevel(logging.ERROR)
     sound, outcome = Sound.make(folder), Outcome()
     ways = kinds or KINDS
     started = time.perf_counter()
