@@ -44,8 +44,8 @@ NAMES = ["negative", "positive"]
 SEEDS = (0, 1, 2)
 BATCH, RATE, EPOCHS = 25, 3e-4, 2
 
-pictures = load_file(str(HERE / "planted.py"))  # plants the same faults in pictures
-CLEAN, CROWD, SCRAPE = pictures.CLEAN, pictures.CROWD, pictures.SCRAPE
+scoring = load_file(str(HERE / "planted_found.py"))
+CLEAN, CROWD, SCRAPE, FLIPPED = scoring.CLEAN, scoring.CROWD, scoring.SCRAPE, scoring.FLIPPED
 reviews = load_code("suite/rotten_tomatoes.py:reviews", HERE)
 tokens_of = load_code("suite/rotten_tomatoes.py:tokens_of", HERE)
 pretrained = load_code("suite/rotten_tomatoes.py:pretrained", HERE)
@@ -76,7 +76,7 @@ def planted(per_source: int = 600, num_test: int = 500) -> Planted:
     texts, true = texts[:count], true[:count]
     source = np.repeat([*CLEAN, CROWD, SCRAPE], per_source)
     given = true.copy()
-    flipped = (source == CROWD) & (random.random(count) < pictures.FLIPPED)
+    flipped = (source == CROWD) & (random.random(count) < FLIPPED)
     given[flipped] = 1 - true[flipped]
     given[source == SCRAPE] = random.integers(0, 2, per_source)
     copies = per_source // 6
@@ -178,7 +178,7 @@ def main(path: str, per_source: int, num_test: int, proj_dim: int, no_retrain: b
     queries = test_set(**sizes)
     run.add_queries(queries, "test", progress=True)
     again = None if no_retrain else functools.partial(train, **sizes)
-    pictures.examine(run, planted(**sizes), NAMES, again, queries, seeds=(0,))
+    scoring.examine(run, planted(**sizes), NAMES, again, queries, seeds=(0,))
     console.print(f"{time.perf_counter() - started:.0f} s")
 
 

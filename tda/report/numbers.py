@@ -48,7 +48,7 @@ def plain(
 def percent(share: float | None) -> str:
     if share is None or not math.isfinite(share):
         return NONE
-    return f"{100 * share:.1f} %" if share < 0.1 else f"{100 * share:.0f} %"
+    return f"{100 * share:.1f} %" if share < 0.0995 else f"{100 * share:.0f} %"
 
 
 def marked(value: float | int | None, text: str) -> Markup:
