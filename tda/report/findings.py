@@ -84,8 +84,12 @@ def find(
     queries = run.store.table(f"queries/{query_name}")
     values = tried("No intervals", lambda: valuation.values(run, query_name, recipe))
     space = tried("No neighbours", lambda: valuation.space_of(train))
-    near = None if space is None else tried("No neighbours", lambda: _neighbours(train, space))
     labels = train.column("label") if "label" in train.columns() else None
+    knn = None
+    if with_knn and labels is not None and labels.dtype.kind != "f" and train.hidden:
+        # First: what the searches below hold is as large as the training set.
+        knn = tried("No KNN-Shapley values", lambda: knn_values(run, query_name, space))
+    near = None if space is None else tried("No neighbours", lambda: _neighbours(train, space))
     suspects, outliers = None, None
     if near is not None and labels is not None:
         suspects = tried(
@@ -112,9 +116,7 @@ def find(
         ),
         stability=() if values is None else _stability(values.replicates[:, 0]),
         projection=tried("The projection's error", lambda: projection_share(run, query_name)),
-        knn=tried("No KNN-Shapley values", lambda: knn_values(run, query_name, space))
-        if with_knn and labels is not None and labels.dtype.kind != "f" and train.hidden
-        else None,
+        knn=knn,
         num_knn_queries=len(knn_queries(train.num_rows, queries.num_rows)),
         damping=tuple(
             tried("Damping", lambda: scorer.damping_used(run.store, recipe, queries)) or ()
