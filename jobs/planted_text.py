@@ -11,8 +11,9 @@
     makes      stores/planted_text/: three trainings, the index, report.html and its files,
                planted.json
     expected   of the wrong labels, inspecting the first 10 % (20 %) finds 44 % (63 %) by "likely
-               mislabelled", AUC .79. Copies: 50 % found, as many as are exact; leaked reviews: all
-               found. What the retraining says has not been recorded yet
+               mislabelled", AUC .79. Copies: 93 % found by their texts and contents
+               (the rest are too short for one word to be little of them), nothing else; leaked
+               reviews: all found. What the retraining says has not been recorded yet
 
     python jobs/planted_text.py                     # all of it, with retraining
     python jobs/planted_text.py --per-source 60 --num-test 60 --path stores/planted_text_small

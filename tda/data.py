@@ -25,7 +25,7 @@ from tda.errors import DataError
 RIDE_ALONG = ("id", "source", "group", "text", "image", "row")
 _TARGETS = ("target", "labels", "label")
 _DIGEST_BYTES = 16
-_MAX_TEXT = 2000
+MAX_TEXT = 2000
 _HASHED_BYTES = 2**22  # of arrays, laid out example by example at a time
 
 Batch = tuple[Any, ...] | dict[str, Any]
@@ -315,7 +315,7 @@ def _column(name: str, values: list[Any]) -> np.ndarray:
         return _pictures(values)
     if name == "row":
         return _rows(values)
-    return np.array(["" if v is None else str(v)[:_MAX_TEXT] for v in values], dtype=np.str_)
+    return np.array(["" if v is None else str(v)[:MAX_TEXT] for v in values], dtype=np.str_)
 
 
 def _rows(values: list[Any]) -> np.ndarray:

@@ -6,7 +6,8 @@ gradients). Equal content is always found, whatever the model makes of it.
 
 A trained network may map much of a class onto one point of its last layer; so where gradients are
 stored both cosines must pass. Equal inputs with different labels have opposed gradients: across
-labels the last hidden layers must agree to rounding instead.
+labels the last hidden layers must agree to rounding instead. Texts that differ by one word in ten
+or less are near-duplicates too, whatever the model makes of that word (`tda.valuation.texts`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from tda.scorer.ranking import limit_faiss_threads
 from tda.valuation.frames import frame
 from tda.valuation.last_rows import embeddings, gradients
 from tda.valuation.nearest import AROUND, ROUNDING, Neighbours, Space, unit
+from tda.valuation.texts import near_texts
 
 THRESHOLD = 0.995
 SAME = 1 - 1e-5  # cosine of equal embeddings, as stored: bfloat16 keeps equal numbers equal
@@ -197,8 +199,10 @@ def _same(
     """
     one, two = space.unit if rows is None else rows, space.unit
     content = left.column("digest"), right.column("digest")
-    found = _candidates(near, _checked(threshold), within), _equal(*content, within)
+    read = near_texts(left, right, within)
+    found = _candidates(near, _checked(threshold), within), _equal(*content, within), read
     a, b = _unique(np.concatenate([f[0] for f in found]), np.concatenate([f[1] for f in found]))
+    alike = _among(a, b, read)
     exact = (content[0][a] == content[1][b]).all(1)
     similarity = np.empty(len(a))
     for some in _parts(len(a), two.shape[1]):
@@ -207,7 +211,7 @@ def _same(
     if not right.hidden:
         return Pairs(a, b, similarity, similarity, exact, near.recall)
     gradient = _gradient_cosines(left, right, a, b)
-    keep = exact | (gradient >= threshold)
+    keep = exact | alike | (gradient >= threshold)
     labels = _labels(left), _labels(right)
     if labels[0] is not None and labels[1] is not None:
         keep |= (labels[0][a] != labels[1][b]) & (similarity >= SAME)
@@ -225,6 +229,12 @@ def _unique(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Each pair once, by a, then b."""
     width = int(b.max(initial=0)) + 1
     return np.divmod(np.unique(a * width + b), width)
+
+
+def _among(a: np.ndarray, b: np.ndarray, pairs: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    """``[pair]`` bool: which of (a, b) are among ``pairs``."""
+    width = int(max(b.max(initial=0), pairs[1].max(initial=0))) + 1
+    return np.isin(a * width + b, pairs[0] * width + pairs[1])
 
 
 def _parts(count: int, dim: int) -> Iterator[slice]:
