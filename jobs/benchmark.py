@@ -6,7 +6,7 @@
 
     python jobs/benchmark.py                  # everything, one thread
     python jobs/benchmark.py --only indexing  # start | indexing | costs | scoring | large | growth
-                                              # | peers
+                                              # | gram | peers
     python jobs/benchmark.py --repeats 1      # shorter
 
 What is measured, and how, is said in jobs/benchmarks/, a file a part.
@@ -27,6 +27,7 @@ import torch
 from rich.console import Console
 
 from benchmarks.costs import costs
+from benchmarks.gram import gram
 from benchmarks.growth import growth
 from benchmarks.indexing import indexing
 from benchmarks.large import large
@@ -43,6 +44,7 @@ PARTS: dict[str, Callable[[int], list[Rows]]] = {
     "costs": lambda repeats: [costs()],
     "scoring": lambda repeats: [scoring()],
     "large": lambda repeats: [large()],
+    "gram": lambda repeats: [gram()],
     "growth": lambda repeats: growth(),
     "peers": lambda repeats: [peers()],
 }
