@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from benchmarks.synthetic import COLUMNS, synthetic_store
+from benchmarks.synthetic import COLUMNS, forget, synthetic_store
 from benchmarks.timing import Cost, Rows, both, cost, elsewhere
 
 ROWS, DIM, K = 1_000_000, 2048, 100
@@ -91,15 +91,6 @@ def one_query(path: Path, num_rows: int) -> Rows:
 
 def middle(found: list[Any]) -> tuple[str, str]:
     return f"{median(f.wall for f in found):.2f}", f"{median(f.busy for f in found):.2f}"
-
-
-def forget(path: Path) -> None:
-    """Drop the pages of all files below from the page cache."""
-    os.sync()
-    for file in path.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as opened:
-                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def sparse_store(path: Path, num_rows: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,3 +54,12 @@ def synthetic_store(
             table.write(checkpoint, chunk, rows, columns)
             see(name, start, rows)
     return store
+
+
+def forget(path: Path) -> None:
+    """Drop the pages of all files below from the page cache."""
+    os.sync()
+    for file in path.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
