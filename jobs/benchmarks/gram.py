@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,7 @@ def gram(num_rows: int = ROWS, dim: int = DIM) -> Rows:
         for name in ("trak", "influence"):
             store = Store.open(Path(folder) / "run")
             table = store.table("queries/q")
-            found = both(lambda s=store, t=table, n=name: prepare(s, RECIPES[n], t))
+            found = both(partial(prepare, store, RECIPES[name], table))
             rows.append((f"prepared for {name}", f"{found.wall:.1f}", f"{found.busy:.1f}"))
             console.print(*rows[-1])
     return rows
