@@ -19,7 +19,7 @@
                +.053 (predicted +.044: leaked images flatter it), the most valuable 10 % by +.205
                (+.283), the most harmful 10 % by −.152 (−.417), 389 at random by −.004 (+.003);
                the 1,433 likely mislabelled by −.082 (−.274), with the labels proposed by −.044:
-               347 of them were right; all that is proposed by +.044 (−.230), +.025 without the
+               347 or more were right; all that is proposed by +.044 (−.230), +.025 without the
                leaked images: no gain shown.
                With --tail 0.1, 4 of 170 right labels of the rarest class are flagged, 25 of
                1,231 of the most frequent.

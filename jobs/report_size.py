@@ -12,9 +12,10 @@ of another, one query in five is in the training set. No model is trained, so th
 report's; each part runs in a process of its own, whose processor seconds and peak memory it tells.
 
 Seen for 1,000,000 × 1,000 with one thread, on two cores that twenty other programs shared: the
-report took 57 processor seconds and 1.79 GB (24 of the seconds to find every example's neighbours);
-a page of the explorer 68 ms of processor time, 49 of them to scan a million rows (474 ms of wall
-time, so crowded). The aims are 60 s, 2 GB and 300 ms on a quiet machine.
+report took 57, 59 and 63 processor seconds in three runs (24 of them to find every example's
+neighbours) and 1.55 GB; a page of the explorer 68 ms of processor time, 49 of them to scan a
+million rows (474 ms of wall time, so crowded). The aims are 60 s, 2 GB and 300 ms on a quiet
+machine.
 """
 
 from __future__ import annotations
