@@ -109,6 +109,7 @@ class Machine(RuleBasedStateMachine):
         self.memory.add_checkpoint()
         self.manifest = b""
         self.whole = True
+        self.before: dict[Path, bytes] = {}  # what is damaged, as it was when all was whole
         self.index()
 
     def teardown(self) -> None:
@@ -197,6 +198,8 @@ class Machine(RuleBasedStateMachine):
         files = sorted(p for p in self.path.rglob("*") if p.is_file() and "cache" not in p.parts)
         file = files[which % len(files)]
         content = bytearray(file.read_bytes())
+        if self.whole or self.before:
+            self.before.setdefault(file, bytes(content))
         if way == "flip" and content:
             content[where % len(content)] ^= by
         else:
@@ -217,6 +220,9 @@ class Machine(RuleBasedStateMachine):
         (self.path / "manifest.json").write_bytes(self.manifest)  # its owner has a copy
         done = repair(self.open(), self.memory.data()[: self.planned()], {"q": self.memory.asked()})
         assert done.after == []
+        for file, content in self.before.items():  # also where no answer depends on it
+            assert file.read_bytes() == content, file
+        self.before = {}
         self.whole = True
         self.index()  # what was interrupted before it was planned
         assert self.open().verify() == []

@@ -12,6 +12,7 @@ import pytest
 from tda.errors import RecipeError
 from tda.recipe import Recipe
 from tda.recipes import RECIPES, get_recipe
+from tda.recipes.auto import recipe_for
 
 PUBLISHED = {
     "grad_dot", "grad_cos", "tracin", "less", "trak", "d_trak", "trackstar", "influence",
@@ -178,3 +179,9 @@ def test_what_is_no_recipe_is_answered_with_all_names(asked):
 def test_recipes_can_be_listed_without_loading_torch():
     code = "import sys, tda.recipes; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_misspelt_name_is_told_of_auto_too():
+    with pytest.raises(RecipeError) as caught:
+        recipe_for(None, "aut")
+    assert "one of auto, " in caught.value.wanted and "'auto'" in caught.value.do
