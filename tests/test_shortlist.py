@@ -84,6 +84,22 @@ def test_few_queries_meet_int8_rows_as_they_are(count, name, num_checkpoints, tm
     assert_is_the_sort(top_k(prepared, K), exact(prepared))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_ranges_of_rows_have_a_shortlist_each(dtype, tmp_path, monkeypatch):
+    """As workers have them, and the last is too short for one."""
+    store = stored(tmp_path, dtype)
+    prepared = prepare(store, RECIPES["grad_dot"], store.table("queries/q"))
+    count, used = prepared.train.num_rows, []
+    enough = shortlist.ROWS_PER_ANSWER * K
+    spans = [(0, enough), (enough, count - 2), (count - 2, count)]
+    assert enough < count - 2
+    ends = shortlist.ends
+    monkeypatch.setattr("tda.scorer.shares", lambda *about, each: spans)
+    monkeypatch.setattr(shortlist, "ends", lambda *given: used.append(given[2]) or ends(*given))
+    assert_is_the_sort(top_k(prepared, K), exact(prepared))
+    assert used[:1] == spans[:1] and spans[2] not in used
+
+
 def test_bfloat16_products_alone_would_answer_otherwise(tmp_path):
     """So the tests above need the bounds."""
     store = stored(tmp_path, "bfloat16")

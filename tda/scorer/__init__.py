@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tda.cluster import is_open, run, shares
+from tda.cluster import run, shares
 from tda.curvature import row_ranges
 from tda.errors import RecipeError, StoreError
 from tda.progress import Tick
@@ -261,31 +261,39 @@ def top_k(prepared: Prepared, k: int) -> TopK:
     the full matrix is never made. Products are float32, or bfloat16 with what those leave in doubt
     scored again (see ``shortlist``). The workers of an open cluster have ranges of the rows.
     """
-    from tda.scorer import shortlist
-
-    k = clipped(k, prepared.train.num_rows)
-    if not is_open() and shortlist.pays(prepared, k):
-        return shortlist.top_k(prepared, k)
-    return plain_top_k(prepared, k)
+    return _top_k(prepared, clipped(k, prepared.train.num_rows), shortened=True)
 
 
 def plain_top_k(prepared: Prepared, k: int) -> TopK:
     """``top_k`` by products in the precision of the queries alone; k ≤ n."""
+    return _top_k(prepared, k, shortened=False)
+
+
+def _top_k(prepared: Prepared, k: int, shortened: bool) -> TopK:
     spans = shares(prepared.train.num_rows, prepared.train.chunk_rows, each=2)
-    parts = run(Ends(prepared, k), spans)
+    parts = run(Ends(prepared, k, shortened), spans)
     best, worst = (merged([part[end] for part in parts], k) for end in (0, 1))
     return ranked(prepared.train, (best[0], -best[1]), worst)
 
 
 @dataclass(frozen=True)
 class Ends:
-    """The k smallest negated scores, and the k smallest scores, among a range of the rows."""
+    """The k smallest negated scores, and the k smallest scores, among a range of the rows.
+
+    shortened: by a ``shortlist``, where that is the faster way.
+    """
 
     prepared: Prepared
     k: int
+    shortened: bool = False
 
     def __call__(self, span: tuple[int, int], tick: Tick) -> tuple[Found, Found]:
-        k = min(self.k, span[1] - span[0])
+        from tda.scorer import shortlist
+
+        num_rows = span[1] - span[0]
+        k = min(self.k, num_rows)
+        if self.shortened and shortlist.pays(self.prepared, k, num_rows):
+            return shortlist.ends(self.prepared, k, span, tick)
         best, worst = (Heaps(self.prepared.num_queries, k) for _ in range(2))
         for low, high, rows in stream(self.prepared.train, *span):
             for first, some in _query_tiles(self.prepared, high - low):

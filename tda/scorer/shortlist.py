@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from tda.curvature import row_ranges
-from tda.scorer import Prepared, ahead, plain_top_k, refuse_not_finite
+from tda.progress import Tick
+from tda.scorer import Ends, Prepared, ahead, refuse_not_finite
 from tda.scorer.pairs import greatest, pair_scores
-from tda.scorer.ranking import Heaps, TopK, ranked
+from tda.scorer.ranking import Found, Heaps, TopK, ranked
 
 if TYPE_CHECKING:
     from tda.store import Table
@@ -41,14 +42,14 @@ LOST = 2.0**-60  # added to ‖x‖: what falls below the range of float32 in sq
 LARGEST, HALVES = 127, 254  # of an int8; steps of the second term in one of the first
 
 
-def pays(prepared: Prepared, k: int) -> bool:
+def pays(prepared: Prepared, k: int, num_rows: int | None = None) -> bool:
     """Whether rows are stored so that this is exact, and it is the faster way here."""
     train = prepared.train
     return (
         has_bfloat16()
         and train.dtype != "float32"
         and (train.dtype == "int8" or prepared.num_queries >= FEWEST_QUERIES)
-        and train.num_rows >= ROWS_PER_ANSWER * k
+        and (num_rows or train.num_rows) >= ROWS_PER_ANSWER * k
     )
 
 
@@ -59,26 +60,33 @@ def has_bfloat16() -> bool:
 
 def top_k(prepared: Prepared, k: int) -> TopK:
     """``tda.scorer.top_k`` of rows stored in bfloat16 or int8; k ≤ n."""
+    best, worst = ends(prepared, k, (0, prepared.train.num_rows))
+    return ranked(prepared.train, (best[0], -best[1]), worst)
+
+
+def ends(
+    prepared: Prepared, k: int, span: tuple[int, int], tick: Tick = lambda count: None
+) -> tuple[Found, Found]:
+    """What ``tda.scorer.Ends`` finds among the rows ``span``, which are at least k."""
     few = prepared.num_queries < FEWEST_QUERIES and prepared.train.dtype == "int8"
     rounded = (Rounded.integers if few else Rounded.halves)(prepared.queries)
     kept = Shortlist(prepared.num_queries, k)
-    for low, tile in ahead(_coded(prepared.train, few)):
+    for low, tile in ahead(_coded(prepared.train, few, span)):
         _add_tile(kept, rounded, tile, prepared.row_weights, low)
+        tick(len(tile[0].rows))
     queries, rows = kept.finish()
     scores = pair_scores(prepared, queries, rows)
-    sides = [
-        [part.numpy() for part in greatest(sign * scores, queries, rows, prepared.num_queries, k)]
-        for sign in (1, -1)
-    ]
+    sides = []
+    for sign in (1, -1):
+        columns, values = greatest(sign * scores, queries, rows, prepared.num_queries, k)
+        sides.append((columns.numpy(), values.neg_().numpy()))
     many = kept.given_up.nonzero()[:, 0].numpy()
     if len(many):
-        whole = plain_top_k(prepared.select(many), k)
-        for side, rest, sign in zip(
-            sides, (whole.proponents, whole.opponents), (1, -1), strict=True
-        ):
-            side[0][many], side[1][many] = rest.indices, sign * rest.scores
-    (best, highest), (worst, lowest) = sides
-    return ranked(prepared.train, (best, highest), (worst, -lowest))
+        whole = Ends(prepared.select(many), k)(span, lambda count: None)
+        for side, rest in zip(sides, whole, strict=True):
+            side[0][many], side[1][many] = rest
+    best, worst = sides
+    return best, worst
 
 
 class Rounded(NamedTuple):
@@ -145,9 +153,9 @@ class Coded(NamedTuple):
     lengths: Tensor | None
 
 
-def _coded(train: Table, few: bool) -> Iterator[tuple[int, list[Coded]]]:
+def _coded(train: Table, few: bool, span: tuple[int, int]) -> Iterator[tuple[int, list[Coded]]]:
     size = ROWS_OF_FEW if few else ROW_TILE
-    for low, high in row_ranges(train):
+    for low, high in row_ranges(train, *span):
         parts = [train.coded_rows(c, low, high) for c in range(train.num_checkpoints)]
         for start in range(0, high - low, size):
             cut, tile = slice(start, start + size), []
