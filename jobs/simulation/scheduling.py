@@ -17,6 +17,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -48,20 +49,22 @@ def cost(num_workers: int, num_pieces: int) -> Cost:
         _ending(subprocess.Popen([*idle, str(num_workers)]), stack)
         client = stack.enter_context(Client(address))
         _wait(lambda: len(client.nthreads()) == num_workers)
-        token, numbers = f"tda-{uuid.uuid4().hex[:16]}", range(num_pieces)
-        work = _Dispatch(
-            Workers(client), token, numbers, [1] * num_pieces, lambda count: None, Crew("")
-        )
+        _dispatch(client, 50)  # the scheduler imports what the pieces are made of
         other = psutil.Process(scheduler.pid)
         before, began = sum(other.cpu_times()[:2]), time.perf_counter()
         own = time.process_time()
-        work.finish()
+        _dispatch(client, num_pieces)
         spent = (
             time.process_time() - own,
             sum(other.cpu_times()[:2]) - before,
             time.perf_counter() - began,
         )
     return Cost(num_workers, num_pieces, *(1e3 * seconds / num_pieces for seconds in spent))
+
+
+def _dispatch(client: Any, count: int) -> None:
+    token, sizes = f"tda-{uuid.uuid4().hex[:16]}", [1] * count
+    _Dispatch(Workers(client), token, range(count), sizes, lambda done: None, Crew("")).finish()
 
 
 def _scheduler(folder: Path, stack: ExitStack) -> tuple[subprocess.Popen, str]:
