@@ -196,7 +196,7 @@ class Machine(RuleBasedStateMachine):
     def be_damaged(self, which: int, where: int, by: int, way: str) -> None:
         """What is drawn does not depend on what lies there: the same draws are the same story."""
         files = sorted(p for p in self.path.rglob("*") if p.is_file() and "cache" not in p.parts)
-        file = files[which % len(files)]
+        file = files[(which * 2654435761 >> 7) % len(files)]  # small numbers are drawn most often
         content = bytearray(file.read_bytes())
         if self.whole or self.before:
             self.before.setdefault(file, bytes(content))
