@@ -103,6 +103,7 @@ def run(
             error = future.exception()
             if error is not None:
                 found["broken"].append(f"{part}: {type(error).__name__}: {error}")
+                print(found["broken"][-1], file=sys.stderr)
             elif part == "inputs":
                 found["inputs"].append(future.result())
             else:

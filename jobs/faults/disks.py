@@ -68,7 +68,7 @@ def read_only(site: Site, chance: random.Random) -> int:
         code = site.wait(pid)
         assert code in (0, FAILED), (code, site.errors())
         assert code == 0 or "cannot be written" in site.errors(), site.errors()
-        subprocess.run(["umount", "-l", str(run)], check=True)
+        subprocess.run(["umount", str(run)], check=True)  # and not lazily: it is to be read
         subprocess.run(["e2fsck", "-y", str(image)], capture_output=True)
         subprocess.run([*mount, str(run)], check=True)
     image.unlink()
