@@ -4,7 +4,7 @@ One line a decision, appended whole under a lock: the last line about an example
 Nothing is ever lost, whoever marks at the same time, in this process or another. A line that was
 cut short by a crash was never acknowledged; the next writer takes it away. A line has its number
 and its checksum: one that was altered, or is gone from between others, is noticed; and
-``actions/count.json`` says how many there have been, so that the last ones are missed as well.
+``actions/count.jsonl`` says how many there have been, so that the last ones are missed as well.
 """
 
 from __future__ import annotations
@@ -25,14 +25,12 @@ from tda.store.files import (
     crc32c,
     extend_file,
     read_file,
-    seal,
     stat_file,
-    unseal,
     write_file,
 )
 
 Action = Literal["relabel", "remove", "keep", "none"]
-FILE, COUNT = "actions/marks.jsonl", "actions/count.json"
+FILE, COUNT = "actions/marks.jsonl", "actions/count.jsonl"
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet takes for the start of one
 
 
@@ -90,16 +88,17 @@ class Marks:
     def _count_fault(self, data: bytes) -> tuple[str, str, str] | None:
         """Lines that are gone from the end. One written by hand has no number: then none counts."""
         lines = data.split(b"\n")[:-1]
-        counted = read_file(self.run / COUNT, DOCUMENT_BYTES)
+        counts = read_file(self.run / COUNT, DOCUMENT_BYTES)
         last = _parsed(lines[-1]) if lines else None
-        if (counted is None and not lines) or (last is not None and not last.revision):
+        if (counts is None and not lines) or (last is not None and not last.revision):
             return None
-        known = None if counted is None else unseal(counted)
-        if known is None or not isinstance(known.get("lines"), int):
-            what = "there is no count of decisions" if counted is None else "it was altered"
-            return COUNT, what, "the next decision writes it; see that no line of the log is gone"
-        if known["lines"] > len(lines):
-            what = f"{known['lines'] - len(lines)} decisions are gone from its end"
+        known = None if counts is None else _counted(counts)
+        if known is None:
+            what = "there is no count of decisions" if counts is None else "it was altered"
+            do = "delete it, the next decision begins another; see that no line of the log is gone"
+            return COUNT, what, do
+        if known > len(lines):
+            what = f"{known - len(lines)} decisions are gone from its end"
             return FILE, what, f"restore the file from a copy; or accept it: delete {COUNT}"
         return None
 
@@ -125,7 +124,7 @@ class Marks:
 
         with self._lock:
             extend_file(self.path, line_after)
-            write_file(self.run / COUNT, seal({"lines": made[-1].revision}))
+            extend_file(self.run / COUNT, lambda _: _sealed({"lines": made[-1].revision}))
         return made[-1]
 
     def _parse(self, data: bytes) -> dict[str, Mark]:
@@ -152,12 +151,26 @@ def copy(run: Place, to: Place, but: set[str]) -> None:
     if kept:
         lines = (_line(replace(mark, revision=i)) for i, mark in enumerate(kept, start=1))
         write_file(to / FILE, b"".join(lines))
-        write_file(to / COUNT, seal({"lines": len(kept)}))
+        write_file(to / COUNT, _sealed({"lines": len(kept)}))
 
 
 def _line(mark: Mark) -> bytes:
-    parts = asdict(mark)
+    return _sealed(asdict(mark))
+
+
+def _sealed(parts: dict[str, Any]) -> bytes:
     return json.dumps({**parts, "crc32c": f"{crc32c(_spelled(parts)):08x}"}).encode() + b"\n"
+
+
+def _counted(data: bytes) -> int | None:
+    """The largest count: of two writers the earlier may be late. None: a line was altered."""
+    lines = data.splitlines(keepends=True)
+    try:
+        counts = [int(json.loads(line)["lines"]) for line in lines]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    whole = all(_sealed({"lines": n}) == line for n, line in zip(counts, lines, strict=True))
+    return max(counts, default=0) if whole else None
 
 
 def _spelled(parts: dict[str, Any]) -> bytes:

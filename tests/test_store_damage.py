@@ -109,7 +109,7 @@ def test_a_byte_altered_after_it_was_read_is_refused_too(tmp_path, sound):
     age(path)
     table = Store.open(path).table("train")
     table.rows(0, 0, N)
-    assert table._chunks._checked
+    assert table._reading._chunks._checked
     flip(path / "train/rows/c/0/1/0")
     with pytest.raises(StoreError, match="altered"):
         table.rows(0, 0, N)

@@ -118,7 +118,7 @@ def test_a_line_cut_from_between_decisions_is_noticed(run):
 
 
 def test_lines_cut_from_the_end_of_decisions_are_noticed(run):
-    log, count = run.path / "actions/marks.jsonl", run.path / "actions/count.json"
+    log, count = run.path / "actions/marks.jsonl", run.path / "actions/count.jsonl"
     whole = log.read_bytes()
     for left in (whole.splitlines(keepends=True)[0], b""):
         log.write_bytes(left)
@@ -130,7 +130,7 @@ def test_lines_cut_from_the_end_of_decisions_are_noticed(run):
     assert verify(run.path) == []
     count.unlink()
     (fault,) = verify(run.path)
-    assert fault.path == "actions/count.json"
+    assert fault.path == "actions/count.jsonl"
     Marks(run.path).set("e3", "keep", None, "")
     assert verify(run.path) == []
     before = count.read_bytes()

@@ -21,6 +21,7 @@ from tda.store.marks import Damage, Entry, damage
 _SETTLED = 2_000_000_000  # ns; a file changed more recently may change again under the same time
 AHEAD = 4  # chunks of a remote table that come while one is used
 _FEW = 4  # rows are read alone if all they need is less than the chunk by this factor
+_SMALL = 2**18  # bytes; a smaller file comes whole, and is kept: a request costs as much
 
 
 class Chunks:
@@ -72,16 +73,18 @@ class Chunks:
     ) -> np.ndarray | None:
         """``[len(picked), row_bytes]`` bytes of a few rows of a remote file, without the others.
 
-        None where the file is to be read whole: it is here, most of it is wanted, or it does not
-        end, where its mark says, in the checksum of its mark: then it is another file than the one
-        that was finished. A checksum of the rows themselves there is none (see stores/README.md).
+        None where the file is to be read whole: it is here, it is small, most of it is wanted, or
+        it does not end, where its mark says, in the checksum of its mark: then it is another file
+        than the one that was finished. A checksum of the rows themselves there is none (see
+        stores/README.md).
         """
         place = self._folder / key
         if isinstance(place, Path) or not len(picked):
             return None
         wanted = entry()
         rows, inverse = np.unique(picked, return_inverse=True)
-        if _FEW * len(rows) * row_bytes > wanted.size or _copy(place, wanted).exists():
+        is_cheap = wanted.size <= _SMALL or _FEW * len(rows) * row_bytes > wanted.size
+        if is_cheap or _copy(place, wanted).exists():
             return None
         spans = [(int(row) * row_bytes, (int(row) + 1) * row_bytes) for row in rows]
         is_known = self._known.get(key) == wanted
