@@ -202,6 +202,18 @@ def test_queries_that_decide_nothing_are_answered_all_the_same(tmp_path, monkeyp
     assert found.proponents.indices[3].tolist() == list(range(K))
 
 
+def test_rows_that_are_all_alike_leave_every_query_to_the_plain_path(tmp_path, monkeypatch):
+    monkeypatch.setattr(shortlist, "PAIRS", 0)
+    rows = np.random.default_rng(0).standard_normal((1, 1, 96)).repeat(400, axis=1)
+    store = stored(tmp_path, "bfloat16", rows=rows.astype(np.float32))
+    prepared = prepare(store, RECIPES["grad_dot"], store.table("queries/q"))
+    slope = torch.ones_like(prepared.row_weights)
+    found = top_k(dataclasses.replace(prepared, row_weights=slope), K)
+    for ranking in (found.proponents, found.opponents):
+        assert (ranking.indices == np.arange(K)).all()
+        assert (ranking.scores == ranking.scores[:, :1]).all()
+
+
 def test_deleted_rows_are_not_answers(tmp_path):
     store = stored(tmp_path, "int8")
     queries = store.table("queries/q")

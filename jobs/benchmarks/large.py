@@ -25,6 +25,7 @@ from benchmarks.timing import Cost, Rows, both, cost, elsewhere
 
 ROWS, DIM, K = 1_000_000, 2048, 100
 MOST, MOST_DIM, MOST_QUERIES = 10_000_000, 512, 1000
+DISTINCT = 64  # chunks of them: with one, the best row of a query would be thousands
 SAMPLE = 16  # queries of which the recall is measured
 REPEATS = 5
 
@@ -94,7 +95,7 @@ def middle(found: list[Any]) -> tuple[str, str]:
 
 
 def sparse_store(path: Path, num_rows: int) -> None:
-    """A finished store whose chunks are all the first one, linked."""
+    """A finished store of few chunks, linked over and over: more rows than the disk would hold."""
     from tda.data import Examples
     from tda.store.marks import Mark, chunk_mark, write_mark
 
@@ -104,12 +105,13 @@ def sparse_store(path: Path, num_rows: int) -> None:
     ids = np.arange(num_rows).astype(np.str_)
     table = store.plan("train", Examples(ids, digests), None)
     size = table.chunk_rows
-    rows = generator.standard_normal((size, MOST_DIM), dtype=np.float32)
-    table.write(0, 0, rows, dict.fromkeys(COLUMNS, np.ones(size, np.float32)))
-    first = table.mark(0, 0)
-    for chunk in range(1, table.num_chunks):
-        files = {}
-        for key, same in zip(table.keys(0, 0), table.keys(0, chunk), strict=True):
+    columns = dict.fromkeys(COLUMNS, np.ones(size, np.float32))
+    for chunk in range(min(DISTINCT, table.num_chunks)):
+        table.write(0, chunk, generator.standard_normal((size, MOST_DIM), np.float32), columns)
+    for chunk in range(DISTINCT, table.num_chunks):
+        files, made = {}, chunk % DISTINCT
+        first = table.mark(0, made)
+        for key, same in zip(table.keys(0, made), table.keys(0, chunk), strict=True):
             (table.folder / same).parent.mkdir(parents=True, exist_ok=True)
             os.link(table.folder / key, table.folder / same)
             files[same] = first.files[key]

@@ -145,6 +145,8 @@ def of_one_model(wide: bool) -> Iterator[Cell]:
 def of_several(num_models: int) -> Iterator[Cell]:
     """What the table has of independent models and of one run's path."""
     number = min(5, num_models)
+    if number > 1:
+        yield Cell(kind="recipe", method="influence_ekfac", checkpoints="models", number=number)
     for chosen, which, count in ((ON_MODELS, "models", number), (ON_PATH, "path", PATH_LENGTH)):
         for method, kind, query in chosen:
             if which == "path" or count > 1:

@@ -68,8 +68,12 @@ def greatest(
 ) -> tuple[Tensor, Tensor]:
     """(rows, values) [num_queries, k] of the k greatest of every query, equal ones by row.
 
-    Pairs [p] in ascending order of (query, row), at least k of every query that has any.
+    Pairs [p] in ascending order of (query, row), at least k of every query that has any. Of one
+    that has none the values are −∞.
     """
+    if not len(rows):
+        empty = torch.zeros(num_queries, k, dtype=torch.int64)
+        return empty, torch.full((num_queries, k), -torch.inf)
     counts = queries.bincount(minlength=num_queries)
     starts = counts.cumsum(0) - counts
     lines = torch.full((num_queries, max(k, int(counts.max()))), -torch.inf)
