@@ -182,9 +182,9 @@ def _parsed(line: bytes) -> Mark | None:
     may be absent: then somebody wrote it by hand."""
     try:
         parts = json.loads(line)
-        sealed = parts.pop("crc32c", None)
+        is_sealed, sealed = "crc32c" in parts, parts.pop("crc32c", None)
         mark = Mark(**parts)
-        whole = sealed is None or sealed == f"{crc32c(_spelled(parts)):08x}"
+        whole = not is_sealed or sealed == f"{crc32c(_spelled(parts)):08x}"
         texts = isinstance(mark.label, str | None) and all(
             isinstance(text, str) for text in (mark.id, mark.note, mark.at)
         )

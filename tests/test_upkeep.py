@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,10 @@ def test_a_line_cut_from_between_decisions_is_noticed(run):
         assert fault.path == "actions/marks.jsonl" and where in fault.what
     log.write_bytes(first + second[:-1])
     assert "cut short" in verify(run.path)[0].what
+    value = json.loads(second)
+    log.write_bytes(first + json.dumps({**value, "crc32c": None}).encode() + b"\n")
+    (fault,) = verify(run.path)
+    assert fault.path == "actions/marks.jsonl" and "line 2" in fault.what
     log.write_bytes(b'{"id": "e3", "action": "keep"}\n')  # by hand
     assert verify(run.path) == [] and set(Marks(run.path).all()) == {"e3"}
 
