@@ -11,11 +11,9 @@ gradients, sketched. One label in a hundred is another class's, one example in a
 of another, one query in five is in the training set. No model is trained, so that the time is the
 report's; each part runs in a process of its own, whose processor seconds and peak memory it tells.
 
-Seen for 1,000,000 × 1,000 with one thread, on two cores that twenty other programs shared: the
-report took 57, 59 and 63 processor seconds in three runs (24 of them to find every example's
-neighbours) and 1.55 GB; a page of the explorer 68 ms of processor time, 49 of them to scan a
-million rows (474 ms of wall time, so crowded). The aims are 60 s, 2 GB and 300 ms on a quiet
-machine.
+Seen for 1,000,000 × 1,000 on two quiet cores: the report took 58.7 s, 81.9 of a processor (a third
+of them to find every example's neighbours), and 1.81 GB; a warm page of the explorer 135 ms. The
+aims were 60 s, 2 GB and 300 ms.
 """
 
 from __future__ import annotations
