@@ -172,6 +172,13 @@ def read(part: str, data: str | None) -> tuple[np.ndarray, np.ndarray]:
     return pictures.copy(), np.frombuffer(labels, np.uint8, offset=8).astype(np.int64)
 
 
+def first_of_both(num_train: int, num_test: int) -> tuple[np.ndarray, np.ndarray]:
+    """(images, labels) of the first training examples, then of the first of the test set."""
+    pairs = ((read("train", None), num_train), (read("t10k", None), num_test))
+    images, labels = zip(*((x[:n], y[:n]) for (x, y), n in pairs), strict=True)
+    return np.concatenate(images), np.concatenate(labels)
+
+
 def fetch() -> Path:
     """The folder of the idx files: fetched from the Debian archive once, checked, and kept."""
     folder = CACHE / "usr/share/datasets/fashion-mnist"

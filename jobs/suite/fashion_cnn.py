@@ -16,7 +16,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from tda.code import load_code
@@ -24,18 +23,15 @@ from tda.code import load_code
 HERE = Path(__file__).parent
 Work = load_code("work.py:Work", HERE)
 NUM_TRAIN, NUM_QUERIES = 5_000, 100
-read = load_code("../fashion_mnist.py:read", HERE)
+first_of_both = load_code("../fashion_mnist.py:first_of_both", HERE)
 as_input = load_code("../fashion_mnist.py:as_input", HERE)
 
 
 @cache
 def _data() -> dict[str, Any]:
     """The training images, then the queries."""
-    pairs = [read("train", None), read("t10k", None)]
-    cut = [(x[:n], y[:n]) for (x, y), n in zip(pairs, (NUM_TRAIN, NUM_QUERIES), strict=True)]
-    images = as_input(np.concatenate([x for x, _ in cut]))
-    labels = torch.from_numpy(np.concatenate([y for _, y in cut]))
-    return {"input": images, "target": labels}
+    images, labels = first_of_both(NUM_TRAIN, NUM_QUERIES)
+    return {"input": as_input(images), "target": torch.from_numpy(labels)}
 
 
 WORK = Work(

@@ -18,7 +18,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,7 +31,7 @@ NUM_TRAIN, NUM_QUERIES = 600, 64
 denoising_losses = load_code("networks.py:denoising_losses", HERE)
 squared_outputs = load_code("networks.py:squared_outputs", HERE)
 with_noise = load_code("networks.py:with_noise", HERE)
-read = load_code("../fashion_mnist.py:read", HERE)
+first_of_both = load_code("../fashion_mnist.py:first_of_both", HERE)
 
 
 def denoising(model: nn.Module, batch: Batch) -> Tensor:
@@ -53,11 +52,9 @@ def _inputs(batch: Batch) -> Tensor:
 @cache
 def _data() -> dict[str, Any]:
     """The training images in [−1, 1] with their noise, and labels, then the queries."""
-    pairs = [read("train", None), read("t10k", None)]
-    cut = [(x[:n], y[:n]) for (x, y), n in zip(pairs, (NUM_TRAIN, NUM_QUERIES), strict=True)]
-    images = torch.from_numpy(np.concatenate([x for x, _ in cut])).float()[:, None] / 127.5 - 1
-    labels = torch.from_numpy(np.concatenate([y for _, y in cut]))
-    return {"input": with_noise(F.avg_pool2d(images, 2).flatten(1)), "target": labels}
+    images, labels = first_of_both(NUM_TRAIN, NUM_QUERIES)
+    pixels = F.avg_pool2d(torch.from_numpy(images).float()[:, None] / 127.5 - 1, 2).flatten(1)
+    return {"input": with_noise(pixels), "target": torch.from_numpy(labels)}
 
 
 WORK = Work(

@@ -40,9 +40,7 @@ class Store:
     def __init__(self, path: Place, manifest: dict[str, Any]) -> None:
         self.path = path
         self.manifest = manifest
-        self._chunks: dict[
-            str, Chunks
-        ] = {}  # of each table: what was read once is not hashed again
+        self._chunks: dict[str, Chunks] = {}  # by table: what was read is not hashed again
 
     def __reduce__(self) -> tuple:
         return Store.open, (self.path.absolute(),)  # a worker may run in another folder
