@@ -28,6 +28,7 @@ def on_a_disk(run: Path, mount: Callable[[Path], list[str]]) -> Iterator[None]:
         raise OSError("a disk of its own cannot be mounted: run as root")
     try:
         shutil.copytree(held, run, dirs_exist_ok=True)
+        subprocess.run(["sync", "--file-system", str(run)], check=True)  # these were durable
         yield
         shutil.rmtree(held)
         shutil.copytree(run, held, ignore=shutil.ignore_patterns("lost+found"))
