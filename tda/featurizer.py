@@ -1,7 +1,8 @@
 """The featurizer: gradients → projection → rows in a store, chunk by chunk.
 
 A run is its missing chunks. `fill` computes them, each in full before it is written, so that a
-process killed at any moment loses the chunk it was at, and the one being written, no more.
+process killed at any moment loses the chunk it was at, no more (in object storage, also the one
+that is being written).
 """
 
 from __future__ import annotations
@@ -281,8 +282,8 @@ def fill(
     tick: Tick,
     compute: Compute | None = None,
 ) -> Write:
-    """Compute one chunk of a table, ``place`` = (checkpoint, chunk), and return what writes it.
-    ``tick(examples)`` a batch.
+    """Compute and put one chunk of a table, ``place`` = (checkpoint, chunk); returns what finishes
+    it. ``tick(examples)`` a batch.
 
     compute: ``(batch, rows) -> Features`` of these rows, if not plainly the featurizer.
     Batches are cut within a chunk, so its bytes do not depend on what was done before; the next
@@ -304,7 +305,7 @@ def fill(
     assert done is not None, "a chunk has examples"
     columns = {name: values.numpy() for name, values in done.columns.items()}
     embedding = done.embedding.numpy() if table.hidden else None
-    return partial(table.write, checkpoint, chunk, done.rows.numpy(), columns, embedding)
+    return table.put(checkpoint, chunk, done.rows.numpy(), columns, embedding)
 
 
 def _features(

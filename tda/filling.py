@@ -61,16 +61,17 @@ class Filling:
 
     def finish(self, what: str, show: bool) -> None:
         """Every missing chunk."""
-        missing = sorted(self.table.missing())
+        missing = self.table.missing()
+        if missing and self.table.recover():  # this goes on where another stopped
+            missing = self.table.missing()
         if not missing:
             return
-        if len(missing) < self.table.num_checkpoints * self.table.num_chunks:
-            self.table.sweep()  # this goes on where another stopped
+        missing = sorted(missing)
         spans = [self.table.chunk_range(chunk) for _, chunk in missing]
         with behind() as self._write:
             run(self, missing, [stop - start for start, stop in spans], what, show)
         if is_open():
-            self.table.sweep()
+            self.table.recover()
 
     def _check(self, checkpoint: int, chunk: int) -> None:
         """That weights and examples found here are those the run was planned with."""

@@ -257,7 +257,7 @@ def test_whatever_is_read_of_a_table_can_be_read_of_what_is_left(tmp_path):
     """The view lacks nothing but what writes."""
     view = Remaining(build(tmp_path / "run").stored("train"), np.array([1, 2]))
     writing = {"write", "mark", "marks", "keys", "places", "chunk_range", "num_chunks"}
-    writing |= {"is_finished", "sweep"}
+    writing |= {"is_finished", "put", "recover"}
     public = {name for name in vars(Table) if not name.startswith("_")}
     assert {name for name in public if not hasattr(view, name)} == writing
 

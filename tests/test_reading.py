@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -153,20 +155,35 @@ def test_rows_of_texts_do_not_depend_on_how_they_are_batched(tmp_path):
         np.testing.assert_allclose(columns[size], columns[1], rtol=1e-5)
 
 
-def test_a_chunk_is_written_while_the_next_is_computed(tmp_path, monkeypatch):
-    """So that a disk as slow as the model costs nothing but its last chunk."""
-    data, write, overlapped = Numbered(), Table.write, []
+def finishing(monkeypatch, before: Callable[[Table, int], None]) -> None:
+    """``before(table, chunk)`` whenever a chunk is about to be finished."""
+    put = Table.put
 
-    def patient(table: Table, checkpoint: int, chunk: int, *parts: object) -> None:
+    def patched(table: Table, checkpoint: int, chunk: int, *parts: Any) -> Callable[[], None]:
+        finish = put(table, checkpoint, chunk, *parts)
+
+        def later() -> None:
+            before(table, chunk)
+            finish()
+
+        return later
+
+    monkeypatch.setattr(Table, "put", patched)
+
+
+def test_a_chunk_is_finished_while_the_next_is_computed(tmp_path, monkeypatch):
+    """So that a disk as slow as the model costs nothing but its last chunk."""
+    data, overlapped = Numbered(), []
+
+    def patient(table: Table, chunk: int) -> None:
         last = table.chunk_range(chunk)[1] - 1
         if last < COUNT - 1:
             end = time.monotonic() + 5
             while data.last <= last and time.monotonic() < end:
                 time.sleep(0.001)
             overlapped.append(data.last > last)
-        write(table, checkpoint, chunk, *parts)
 
-    monkeypatch.setattr(Table, "write", patient)
+    finishing(monkeypatch, patient)
     task = tda.Task(torch.nn.Linear(4, 3), measurement="cross_entropy")
     tda.index(task, data, tmp_path / "run", batch_size=BATCH, chunk_rows=BATCH, progress=False)
     assert overlapped == [True] * (COUNT // BATCH - 1)
@@ -174,14 +191,11 @@ def test_a_chunk_is_written_while_the_next_is_computed(tmp_path, monkeypatch):
 
 
 def test_what_fails_in_writing_is_raised_and_the_rest_is_kept(tmp_path, monkeypatch):
-    write = Table.write
-
-    def failing(table: Table, checkpoint: int, chunk: int, *parts: object) -> None:
+    def failing(table: Table, chunk: int) -> None:
         if chunk == 2:
             raise StoreError("the disk is full")
-        write(table, checkpoint, chunk, *parts)
 
-    monkeypatch.setattr(Table, "write", failing)
+    finishing(monkeypatch, failing)
     task = tda.Task(torch.nn.Linear(4, 3), measurement="cross_entropy")
     with pytest.raises(StoreError, match="the disk is full"):
         tda.index(

@@ -274,11 +274,14 @@ def test_a_mark_never_stands_over_files_that_are_being_replaced(tmp_path, monkey
     store = build(tmp_path / "run")
     table = store.table("train")
 
-    def fail(path: Path, parts: object) -> None:
+    def fail(path: Path, *given: object) -> None:
         raise OSError(errno.EIO, "broken")
 
-    monkeypatch.setattr(local, "_write", fail)
     rows, columns, embedding = values(0, 0, CHUNK)
-    with pytest.raises(StoreError, match="cannot write"):
-        table.write(0, 0, rows + 1, columns, embedding)
-    assert table.missing() == [(0, 0)]
+    for where, name, missing in ((local, "_write", []), (Path, "replace", [(0, 0)])):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, fail)
+            with pytest.raises(StoreError, match="cannot write"):
+                table.write(0, 0, rows + 1, columns, embedding)
+        assert table.missing() == missing
+    assert not list(table.folder.rglob("*.tmp"))

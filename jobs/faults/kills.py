@@ -102,19 +102,22 @@ def two_at_once(site: Site, chance: random.Random) -> int:
 
 
 def stale(site: Site, chance: random.Random) -> int:
-    """killed, and the lock it leaves is of another machine: taken over once it has stood still"""
-    struck = killed(site, chance)
+    """the lock is of another machine: taken over once it has stood still; kill -9 of the taker"""
     file = Path(site.run) / "cache" / "writer"
-    if not struck or not file.exists() or not file.read_bytes().strip():
-        return struck
-    holder = json.loads(file.read_bytes()) | {"machine": "another", "host": "node7"}
-    file.write_bytes(json.dumps(holder).encode().ljust(1024))
+    if not file.exists() or not file.read_bytes().strip():
+        killed(site, chance)  # and the next one takes over what it leaves
+        return 0
+    left = file.read_bytes()
+    theirs = json.dumps(json.loads(left) | {"machine": "another", "host": "node7"}).encode()
+    file.write_bytes(theirs.ljust(1024))
 
     def shorter() -> None:
         lock.LEASE, lock._POLL = 0.2, 0.02
 
-    # It waits, takes over and goes on, until it is killed in its turn.
-    return struck + _killed(site, chance, site.start(before=shorter))
+    struck = _killed(site, chance, site.start(before=shorter))
+    if b"node7" in file.read_bytes():  # struck before it took over: others would wait a minute
+        file.write_bytes(left)
+    return struck
 
 
 def skewed(site: Site, chance: random.Random) -> int:

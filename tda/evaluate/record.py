@@ -35,11 +35,12 @@ from tda.store.files import (
     unseal,
     write_file,
 )
-from tda.store.manifest import config_hash
+from tda.store.manifest import config_hash, entries_of
 from tda.store.marks import (
     STATIC,
     Mark,
     damage,
+    put_marked,
     read_mark,
     remove_mark,
     write_chunks,
@@ -162,7 +163,7 @@ class Record:
     def _config(self) -> str:
         """Hash of all that determines the outputs of a unit, but the unit."""
         fixed = {k: v for k, v in self.manifest["design"].items() if k not in _GROWS}
-        return config_hash({**self.manifest, "design": fixed})
+        return config_hash(entries_of({**self.manifest, "design": fixed}))
 
     def _lay_out(self, masks: np.ndarray) -> None:
         documents = {spec.document_key: spec.document() for spec in self._specs.values()}
@@ -242,10 +243,9 @@ class Record:
         """Keep the outputs ``[query]`` of one retraining: whole and flushed, then marked."""
         spec = self._specs["outputs"]
         chunk = spec.pack(np.asarray(outputs, np.float32)[None, None])
-        remove_mark(self.path, _mark(subset, seed))  # a damaged one, perhaps
-        entries = write_chunks(self.path, [(spec.key(subset, seed), chunk)])
-        mark = Mark((subset, subset + 1), self._config, entries)
-        write_mark(self.path, _mark(subset, seed), mark)
+        files = [(spec.key(subset, seed), chunk)]
+        rows = (subset, subset + 1)
+        put_marked(self.path, _mark(subset, seed), files, rows, self._config)()
 
     def read(self) -> GroundTruth:
         """Everything, checksums verified. Raises StoreError where a retraining is missing."""

@@ -183,6 +183,33 @@ def write_files(folder: Place, files: Iterable[tuple[str, Parts | None]]) -> Non
         local.write(folder, files)
 
 
+def put_files(
+    folder: Place,
+    files: Iterable[tuple[str, Parts | None]],
+    mark: str,
+    content: Callable[[], bytes],
+) -> Callable[[], None]:
+    """Write files, and a mark that vouches for them, so that a killed process leaves them whole.
+
+    Returns what finishes them: a mark from before is taken away, the files are made durable under
+    their names, then the mark. content: of the mark, asked for after the last of the files. An
+    object has no unfinished name: there all is done when it is finished. Raises StoreError.
+    """
+    if isinstance(folder, Path):
+        finish = local.put(folder, files, ((mark, (content(),)) for _ in range(1)))
+    else:
+
+        def finish() -> None:
+            remote.write(folder, files)
+            create_file(folder / mark, content())
+
+    def finish_all() -> None:
+        remove_file(folder / mark)
+        finish()
+
+    return finish_all
+
+
 def write_file(place: Place, data: bytes) -> None:
     """Make ``place`` hold ``data``; durable on return. Raises StoreError."""
     write_files(place.parent, [(place.name, (data,))])
@@ -233,10 +260,16 @@ def remove_file(place: Place) -> None:
         local.remove(place)
 
 
-def remove_unfinished(folder: Place) -> None:
+def adopt_files(folder: Path, there: Mapping[str, str], mark: str, unfinished: str) -> None:
+    """Finish what :func:`put_files` put: ``there`` tells by key where each file lies."""
+    lying = {folder / key: folder / name for key, name in there.items()}
+    remove_file(folder / mark)
+    local.finish(folder, [lying, {folder / mark: folder / unfinished}])
+
+
+def remove_unfinished(folder: Path) -> None:
     """What killed writers left anywhere in a folder. Raises StoreError."""
-    if isinstance(folder, Path):  # an object is never half there
-        local.remove_unfinished(folder)
+    local.remove_unfinished(folder)
 
 
 def remove_tree(folder: Place) -> None:

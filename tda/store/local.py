@@ -1,9 +1,9 @@
 """A folder of this machine: files are written whole or not at all, and flushed.
 
-A file that is being written is called ``<name>.tmp``; the name is fixed, so that a writer that
-was killed leaves nothing that its successor does not overwrite. Workers of a cluster, of which two
-may write the same chunk, have names of their own (`write_apart`), and whoever gave out the work
-removes what they left.
+A file is put under the name ``<name>.tmp``, then flushed and renamed. The name is fixed: what a
+writer that was killed leaves is finished or overwritten by its successor. Workers of a cluster, of
+which two may write the same chunk, have names of their own (`write_apart`), and whoever gave out
+the work removes what they left.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import mmap
 import os
 import shutil
 import socket
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from stat import S_ISDIR, S_ISREG
 from typing import NamedTuple, TypeAlias
@@ -32,6 +33,7 @@ TMP = ".tmp"
 _own = ""  # what tells this process's unfinished files from those of others
 
 Parts: TypeAlias = tuple[bytes | memoryview, ...]
+Lying: TypeAlias = dict[Path, Path]  # a file's own name → where it lies
 
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 _NO_WAIT = getattr(os, "O_NONBLOCK", 0)  # for the other end of a pipe
@@ -179,38 +181,69 @@ def remove_unfinished(folder: Path) -> None:
 def write(folder: Path, files: Iterable[tuple[str, Parts | None]]) -> None:
     """Make each file ``folder / key`` hold its parts, one after the other; durable on return.
 
-    None: the file is there already, make sure of it. All are written before the first is flushed:
-    one journal commit serves them all. Raises StoreError (disk full, unwritable folder).
+    None: the file is there already, make sure of it. Raises StoreError (disk full, unwritable
+    folder).
     """
-    written: dict[Path, Path] = {}
-    kept: list[Path] = []
-    path = folder
+    put(folder, files)()
+
+
+def put(folder: Path, *stages: Iterable[tuple[str, Parts | None]]) -> Callable[[], None]:
+    """Write files as `write` has them, but under unfinished names; returns what finishes them.
+
+    A process that is killed in between leaves them, whole. Finished, those of a stage are durable
+    under their own names before the first of the next is. Raises StoreError, as `write`; then, and
+    where finishing fails, nothing unfinished is left.
+    """
     top = next(above for above in (folder, *folder.parents) if above.exists())
+    lying: list[Lying] = []
+    path = folder
     try:
-        for key, parts in files:
-            path = folder / key
-            if parts is None:
-                kept.append(path)
-                continue
-            with disk(path, "write"):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                _require_within(folder, path)
-                written[path] = _unfinished(path)
-                _write(written[path], parts)
-        with disk(path, "write"):
-            for name in (*written.values(), *kept):
-                _flush(name)
-            for final, tmp in written.items():
-                tmp.replace(final)
-            for final in kept:
-                _unfinished(final).unlink(missing_ok=True)
-            for name in _folders(top, (*written, *kept)):
-                _flush(name)
+        for files in stages:
+            lying.append({})
+            for key, parts in files:
+                path = folder / key
+                lying[-1][path] = path if parts is None else _unfinished(path)
+                if parts is not None:
+                    with disk(path, "write"):
+                        path.parent.mkdir(parents=True, exist_ok=True)
+                        _require_within(folder, path)
+                        _write(lying[-1][path], parts)
     except StoreError:
-        for tmp in written.values():
-            with suppress(OSError):  # the first error is the one to tell
-                tmp.unlink(missing_ok=True)
+        _drop(lying)
         raise
+    return partial(finish, top, lying)
+
+
+def finish(top: Path, stages: Sequence[Lying]) -> None:
+    """Make files durable under their own names, stage by stage; ``top`` and its parents are.
+
+    All are flushed before the first is renamed: one journal commit serves them all. Raises
+    StoreError.
+    """
+    try:
+        with disk(next((path for lying in stages for path in lying), top), "write"):
+            for lying in stages:
+                for there in lying.values():
+                    _flush(there)
+            for lying in stages:
+                for final, there in lying.items():
+                    if there == final:
+                        _unfinished(final).unlink(missing_ok=True)
+                    else:
+                        there.replace(final)
+                for name in _folders(top, lying):
+                    _flush(name)
+    except StoreError:
+        _drop(stages)
+        raise
+
+
+def _drop(stages: Sequence[Lying]) -> None:
+    for lying in stages:
+        for final, there in lying.items():
+            if there != final:
+                with suppress(OSError):  # the first error is the one to tell
+                    there.unlink(missing_ok=True)
 
 
 def _require_within(folder: Path, path: Path) -> None:

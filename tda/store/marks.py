@@ -6,23 +6,28 @@ flushed, in one spelling, so the same chunk has the same mark wherever it was co
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from pathlib import Path
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
 from tda.store.bounds import DOCUMENT_BYTES, is_mark
 from tda.store.files import (
+    TMP,
     TRAILER,
     Parts,
     Place,
     Remote,
     Stat,
+    adopt_files,
     crc32c,
     create_file,
+    list_files,
     map_file,
+    put_files,
     read_file,
     remove_file,
     seal,
@@ -34,6 +39,7 @@ FOLDER = "done"
 STATIC = f"{FOLDER}/static.json"
 
 Damage = Literal["missing", "torn", "altered"]
+Chunks: TypeAlias = Iterable[tuple[str, np.ndarray]]  # files by key
 
 
 class Entry(NamedTuple):
@@ -88,44 +94,87 @@ def read_mark(place: Place) -> Mark | None:
 
 def write_chunks(
     folder: Place,
-    chunks: Iterable[tuple[str, np.ndarray]],
+    chunks: Chunks,
     known: Mapping[str, Entry] | None = None,
 ) -> dict[str, Entry]:
     """Write the chunk files that are not there already: each a chunk, then its crc32c.
 
     known: remote files that are there, as a mark has them; those of a folder are looked at.
     """
-    files = ((key, c.reshape(-1).view(np.uint8), TRAILER) for key, c in chunks)
-    return _write(folder, files, known or {})
+    entries: dict[str, Entry] = {}
+    write_files(folder, _wanted(folder, _with_trailers(chunks), known or {}, entries))
+    return entries
 
 
 def write_documents(folder: Place, documents: Mapping[str, bytes]) -> dict[str, Entry]:
     """Write the metadata documents that are not there already."""
     texts = ((key, np.frombuffer(text, np.uint8), 0) for key, text in documents.items())
-    return _write(folder, texts, {})
-
-
-def _write(
-    folder: Place, files: Iterable[tuple[str, np.ndarray, int]], known: Mapping[str, Entry]
-) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
-
-    def wanted() -> Iterator[tuple[str, Parts | None]]:
-        for key, data, trailer in files:
-            entry = Entry(len(data) + trailer, crc32c(data))
-            entries[key] = entry
-            # To look at an object first would cost as much as to put it again.
-            if isinstance(folder, Remote):
-                there = known.get(key) == entry
-            else:
-                there = damage(key, map_file(folder / key), entry) is None
-            if there:
-                yield key, None
-            else:
-                yield key, (data.data, entry.crc32c.to_bytes(TRAILER, "little")[:trailer])
-
-    write_files(folder, wanted())
+    write_files(folder, _wanted(folder, texts, {}, entries))
     return entries
+
+
+def put_marked(
+    folder: Place, key: str, chunks: Chunks, rows: tuple[int, int], config: str
+) -> Callable[[], None]:
+    """Write chunk files and the mark ``key`` of them so that a killed process leaves them whole.
+
+    Returns what makes them durable, and the mark after them: it never stands over files that are
+    being replaced. Until then nothing is finished, and what was finished before is untouched.
+    """
+    entries: dict[str, Entry] = {}
+    files = _wanted(folder, _with_trailers(chunks), {}, entries)
+    return put_files(folder, files, key, lambda: Mark(rows, config, entries).to_bytes())
+
+
+def unfinished_marks(folder: Path) -> Iterator[tuple[str, str]]:
+    """(key, where it lies) of each mark that a killed writer had put."""
+    for name in list_files(folder / FOLDER):
+        if name.endswith(TMP):
+            yield f"{FOLDER}/{name.partition('.json')[0]}.json", f"{FOLDER}/{name}"
+
+
+def adopt(folder: Path, key: str, mark: Mark, unfinished: str) -> bool:
+    """Finish what was put with ``mark``, which lies at ``unfinished``, if all its files are whole.
+
+    Their checksums say so: a crash may have left zeros, or another writer other bytes.
+    """
+    own = unfinished.removeprefix(key)
+    there = {
+        name: lies
+        for name, entry in mark.files.items()
+        for lies in (name + own, name)
+        if damage(name, map_file(folder / lies), entry) is None
+    }
+    if there.keys() != mark.files.keys():
+        return False
+    adopt_files(folder, there, key, unfinished)
+    return True
+
+
+def _with_trailers(chunks: Chunks) -> Iterator[tuple[str, np.ndarray, int]]:
+    return ((key, chunk.reshape(-1).view(np.uint8), TRAILER) for key, chunk in chunks)
+
+
+def _wanted(
+    folder: Place,
+    files: Iterable[tuple[str, np.ndarray, int]],
+    known: Mapping[str, Entry],
+    entries: dict[str, Entry],
+) -> Iterator[tuple[str, Parts | None]]:
+    """What is to be written, None for what is there already; fills in the ``entries``."""
+    for key, data, trailer in files:
+        entry = Entry(len(data) + trailer, crc32c(data))
+        entries[key] = entry
+        # To look at an object first would cost as much as to put it again.
+        if isinstance(folder, Remote):
+            there = known.get(key) == entry
+        else:
+            there = damage(key, map_file(folder / key), entry) is None
+        if there:
+            yield key, None
+        else:
+            yield key, (data.data, entry.crc32c.to_bytes(TRAILER, "little")[:trailer])
 
 
 def write_mark(folder: Place, key: str, mark: Mark) -> None:

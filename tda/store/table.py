@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from hashlib import blake2b
 from typing import Any
@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from tda.errors import StoreError
+from tda.store.bounds import DOCUMENT_BYTES
 from tda.store.chunks import Chunks
 from tda.store.encoding import decode_strings
 from tda.store.files import (
     Place,
+    Remote,
     Stat,
     list_files,
     read_file,
@@ -24,16 +26,16 @@ from tda.store.files import (
     stat_file,
 )
 from tda.store.incoming import encode_chunk
-from tda.store.manifest import config_hash, read_manifest, rows_depend_on
+from tda.store.manifest import config_hash, entries_of, read_manifest, rows_depend_on
 from tda.store.marks import (
     STATIC,
     Mark,
+    adopt,
     chunk_mark,
     have_sizes,
+    put_marked,
     read_mark,
-    remove_mark,
-    write_chunks,
-    write_mark,
+    unfinished_marks,
 )
 from tda.store.reading import Reading, damaged, open_specs, unfinished
 
@@ -173,15 +175,22 @@ class Table:
 
     def _config(self, checkpoint: int, chunk: int) -> str:
         start, stop = self.chunk_range(chunk)
+        examples = blake2b(self._digests[start:stop].tobytes(), digest_size=16).hexdigest()
+        return config_hash(
+            self._alike[checkpoint] | entries_of({"rows": [start, stop], "examples": examples})
+        )
+
+    @cached_property
+    def _alike(self) -> list[dict[str, bytes]]:
+        """Of each checkpoint: the entries of the configuration that all its chunks share."""
         own = {
             "dtype": self.dtype,
             "dim": self.dim,
             "hidden": self.hidden,
             "chunk_rows": self.chunk_rows,
-            "rows": [start, stop],
-            "examples": blake2b(self._digests[start:stop].tobytes(), digest_size=16).hexdigest(),
         }
-        return config_hash({**rows_depend_on(self.manifest, checkpoint), **own})
+        checkpoints = range(self.num_checkpoints)
+        return [entries_of({**rows_depend_on(self.manifest, c), **own}) for c in checkpoints]
 
     @cached_property
     def _digests(self) -> np.ndarray:
@@ -189,38 +198,56 @@ class Table:
 
     # ---- writing
 
-    def write(
+    def write(self, *given: Any) -> None:
+        """Store one chunk of one checkpoint and mark it complete: :meth:`put`, then finish it."""
+        self.put(*given)()
+
+    def put(
         self,
         checkpoint: int,
         chunk: int,
         rows: np.ndarray,
         columns: Mapping[str, np.ndarray],
         embedding: np.ndarray | None = None,
-    ) -> None:
-        """Store one chunk of one checkpoint and mark it complete. One writer a chunk.
+    ) -> Callable[[], None]:
+        """Write one chunk of one checkpoint; returns what finishes it. One writer a chunk.
 
         rows: ``[r, proj]`` with r the examples of ``chunk_range(chunk)``; columns: ``[r]`` for each
         of loss, p, slope, curvature, grad_norm; embedding: ``[r, hidden]`` if the table has one.
-        The mark appears after everything is on the disk. Raises GradientError naming the example
-        if a number is not finite (p may be NaN), StoreError for a wrong shape or a failing disk:
-        then the chunk stays unfinished and everything else is untouched.
+        From here on a killed process does not lose it (:meth:`recover`; in object storage: from
+        when it is finished), but nobody reads it before its mark is there, after everything else
+        is on the disk. Raises GradientError naming the example if a number is not finite (p may be
+        NaN), StoreError for a wrong shape or a failing disk: then the chunk stays unfinished and
+        everything else is untouched.
         """
         given = {"rows": rows, **columns}
         if embedding is not None:
             given["embedding"] = embedding
         parts = encode_chunk(self, chunk, given)
-        mark = chunk_mark(checkpoint, chunk)
-        remove_mark(self.folder, mark)  # a mark never stands over files that are being replaced
         specs = ((self.specs[name], values) for name, values in parts.items())
-        files = write_chunks(
-            self.folder, ((spec.key(checkpoint, chunk), spec.pack(v)) for spec, v in specs)
-        )
-        config = self._config(checkpoint, chunk)
-        write_mark(self.folder, mark, Mark(self.chunk_range(chunk), config, files))
+        files = ((spec.key(checkpoint, chunk), spec.pack(v)) for spec, v in specs)
+        mark, config = chunk_mark(checkpoint, chunk), self._config(checkpoint, chunk)
+        return put_marked(self.folder, mark, files, self.chunk_range(chunk), config)
 
-    def sweep(self) -> None:
-        """Remove what killed writers left unfinished; when no writer is at work."""
+    def recover(self) -> int:
+        """Finish the chunks that killed writers had put, and remove what else they left.
+
+        Returns how many were finished. When no writer is at work.
+        """
+        if isinstance(self.folder, Remote):
+            return 0  # an object is never half there
+        count = 0
+        left = list(unfinished_marks(self.folder))
+        missing = {chunk_mark(*place): place for place in (self.missing() if left else ())}
+        for key, name in left:
+            place = missing.get(key)
+            if place is not None:
+                mark = self._valid(place, read_file(self.folder / name, DOCUMENT_BYTES))
+                if mark is not None and adopt(self.folder, key, mark, name):
+                    count += 1
+                    del missing[key]
         remove_unfinished(self.folder)
+        return count
 
     # ---- reading
 
