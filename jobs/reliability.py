@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import multiprocessing
 import os
 import platform
 import shutil
@@ -28,7 +27,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -38,6 +36,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
 from faults import hostile
+from faults.apart import Piece, side_by_side
 from faults.site import Campaign
 
 PARTS = ("kills", "storage", "workers", "disks")
@@ -89,29 +88,19 @@ def run(
     inputs: int, share: float, only: Sequence[str], processes: int, until: float
 ) -> dict[str, Any]:
     """Everything, side by side, until it is done or the time is up; what is done then is told."""
-    context = multiprocessing.get_context("spawn")
     strikes: dict[str, Any] = {}
     found: dict[str, Any] = {"inputs": [], "strikes": [], "broken": []}
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        waiting: dict[Future[Any], str] = {}
-        waiting |= {pool.submit(_strikes, part, share, only): part for part in PARTS}
-        waiting |= {pool.submit(_inputs, i): "inputs" for i in range(-(-inputs // PIECE))}
-        for future in as_completed(waiting):
-            if future.cancelled():
-                continue
-            part = waiting[future]
-            error = future.exception()
-            if error is not None:
-                found["broken"].append(f"{part}: {type(error).__name__}: {error}")
-                print(found["broken"][-1], file=sys.stderr)
-            elif part == "inputs":
-                found["inputs"].append(future.result())
-            else:
-                strikes[part] = future.result()
-            print(f"{len(found['inputs']) * PIECE} inputs, {', '.join(strikes)}", file=sys.stderr)
-            if time.time() > until:
-                for other in waiting:
-                    other.cancel()
+    pieces = [Piece(part, _strikes, (part, share, only)) for part in PARTS]
+    pieces += [Piece("inputs", _inputs, (number,)) for number in range(-(-inputs // PIECE))]
+    for name, answer, error in side_by_side(pieces, processes, until):
+        if error:
+            found["broken"].append(f"{name}: {error}")
+            print(found["broken"][-1], file=sys.stderr)
+        elif name == "inputs":
+            found["inputs"].append(answer)
+        else:
+            strikes[name] = answer
+        print(f"{len(found['inputs']) * PIECE} inputs, {', '.join(strikes)}", file=sys.stderr)
     found["strikes"] = [tally for part in PARTS for tally in strikes.get(part, ())]
     return found
 

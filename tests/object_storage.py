@@ -137,10 +137,17 @@ class Wire:
                 if self._left <= 0:
                     near.close()
                     continue
-                far = socket.create_connection(("127.0.0.1", self._server.port))
-                self._sockets |= {near, far}
-                for a, b, counts in ((near, far, True), (far, near, False)):
-                    threading.Thread(target=self._pump, args=(a, b, counts), daemon=True).start()
+                threading.Thread(target=self._connect, args=(near,), daemon=True).start()
+
+    def _connect(self, near: socket.socket) -> None:
+        with near, socket.socket() as far, suppress(OSError):
+            far.connect(("127.0.0.1", self._server.port))
+            self._sockets |= {near, far}
+            back = threading.Thread(target=self._pump, args=(far, near, False), daemon=True)
+            back.start()
+            self._pump(near, far, True)
+            back.join()
+            self._sockets -= {near, far}
 
     def _pump(self, source: socket.socket, target: socket.socket, counts: bool) -> None:
         with suppress(OSError):

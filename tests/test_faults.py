@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -59,3 +61,35 @@ def test_rows_that_are_altered_are_counted(tmp_path, monkeypatch) -> None:
 
     (tally,) = Campaign({altering: 1}, Site.at, most=1).run(tmp_path)
     assert tally.rows_altered == 8
+
+
+def test_a_piece_of_the_campaign_has_a_process_of_its_own(monkeypatch) -> None:
+    """Its answer, its error or its end by a signal is told, and the next is begun nonetheless."""
+    monkeypatch.syspath_prepend(str(JOBS))
+    from faults import apart
+
+    asked = {
+        "answer": (os.getpid, ()),
+        "error": (int, ("x",)),
+        "end": (os.abort, ()),
+        "limit": (resource.setrlimit, (resource.RLIMIT_NOFILE, (64, 64))),
+        "after": (resource.getrlimit, (resource.RLIMIT_NOFILE,)),
+    }
+    pieces = [apart.Piece(name, do, given) for name, (do, given) in asked.items()]
+    done = {d.name: d for d in apart.side_by_side(pieces, 2, until=float("inf"))}
+    assert done.keys() == asked.keys()
+    assert done["answer"].answer not in (None, os.getpid())
+    assert "ValueError" in done["error"].error
+    assert done["end"].error == "ended with -6"
+    assert done["after"].answer == resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert list(apart.side_by_side(pieces, 2, until=0)) == []
+
+
+def test_what_hangs_in_the_campaign_is_ended_and_told(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(JOBS))
+    from faults import apart
+
+    monkeypatch.setattr(apart, "LONGEST", 0.2)
+    monkeypatch.setattr(apart, "LOOK", 0.1)
+    (done,) = apart.side_by_side([apart.Piece("hang", time.sleep, (600,))], 1, float("inf"))
+    assert done.error == "ended with -9"

@@ -7,6 +7,7 @@ that was never disturbed, and the log tells how many chunks were computed more t
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import random
 import shutil
@@ -100,6 +101,7 @@ class Site:
         os.environ.update(self.environment)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os.dup2(os.open(self.folder / "errors", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+        faulthandler.register(signal.SIGUSR2)
         featurize, log = (
             Featurizer.__call__,
             os.open(self.folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND),
@@ -133,9 +135,11 @@ class Site:
             if done:
                 return os.waitstatus_to_exitcode(status)
             time.sleep(0.002)
+        os.kill(pid, signal.SIGUSR2)  # says where
+        time.sleep(1)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-        raise TimeoutError(f"a process hung for {PATIENCE} s")
+        raise TimeoutError(f"a process hung for {PATIENCE} s\n{self.errors()}")
 
     def finish(self) -> dict[str, bytes]:
         """The same command, undisturbed: the bytes of every file it leaves, but the cache's."""
