@@ -1,6 +1,6 @@
 """Per-example gradients of a measurement: activation × output gradient, one backward a batch.
 
-    factors.py   the gradient of one parameter at each example: Outer, Lookup, Dense
+    factors.py   the gradient of one parameter at each example: Outer, Convolved, Lookup, Dense
     rules.py     from an operation and its output's gradient to factors
     tap.py       finds every use of a parameter, in one forward and one backward
     exact.py     vmap(vjp) and one-example loops: the fallback, and the audit's oracle
@@ -23,15 +23,25 @@ from torch import Tensor, nn
 
 from tda.errors import GradientError, TaskError
 from tda.gradients import exact
-from tda.gradients.factors import Dense, Elementwise, Factor, Lookup, Outer, materialise
+from tda.gradients.factors import (
+    Convolved,
+    Dense,
+    Elementwise,
+    Factor,
+    Lookup,
+    Outer,
+    materialise,
+)
 from tda.gradients.rules import InseparableError, matrix_shape
 from tda.gradients.tap import Consume, ModifiedError, factors_of
 from tda.layout import is_spread
 from tda.measurements import Measurement
+from tda.products import fast_products
 
 __all__ = [
     "Audit",
     "Consume",
+    "Convolved",
     "Dense",
     "Elementwise",
     "Factor",
@@ -140,10 +150,22 @@ class Gradients:
         batch = _to(batch, self.device)
         with _quiet(), self._precision():
             if self.audited is None:
+                self._put_channels_last(batch)
                 self.audited = self._audit(batch, num_examples)
                 fell_back = self.audited.path != "tap"
                 log.log(logging.WARNING if fell_back else logging.INFO, "%s", self.audited)
             return self._run(self.audited.path, batch, num_examples, self._here(consume))
+
+    def _put_channels_last(self, batch: Any) -> None:
+        """Pictures are convolved faster so by a processor, if the model's code can have it so."""
+        filters = [p for p in self.model.parameters() if p.ndim == 4]
+        if self.device.type != "cpu" or not filters:
+            return
+        _lay_out(filters, torch.channels_last)  # activations follow the weights
+        try:
+            self.apply(self._measure, batch)
+        except RuntimeError:  # such as a view of what no longer lies in one piece
+            _lay_out(filters, torch.contiguous_format)
 
     def _here(self, consume: Consume) -> Consume:
         """With factors brought to the device of the projection, where a model is spread."""
@@ -167,11 +189,12 @@ class Gradients:
 
     @contextmanager
     def _precision(self) -> Iterator[None]:
-        if self.autocast is None:
-            yield
-        else:
-            with torch.autocast(self.device.type, dtype=self.autocast):
+        with fast_products():
+            if self.autocast is None:
                 yield
+            else:
+                with torch.autocast(self.device.type, dtype=self.autocast):
+                    yield
 
     def _measure(self, model: nn.Module, batch: Any) -> Tensor:
         output = self.measurement.output(model, batch)
@@ -299,6 +322,11 @@ def _quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", message="There is a performance drop")
         warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")
         yield
+
+
+def _lay_out(parameters: list[nn.Parameter], memory_format: torch.memory_format) -> None:
+    for parameter in parameters:
+        parameter.data = parameter.data.contiguous(memory_format=memory_format)
 
 
 def _describe(batch: Any) -> str:

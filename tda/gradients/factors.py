@@ -2,7 +2,8 @@
 
 A parameter of shape ``[O, …]`` is the matrix ``[O, I]``. Its gradient G at one example is
 
-    Outer    G = Σ_t left_t ⊗ right_t       weights of linear layers and convolutions
+    Outer    G = Σ_t left_t ⊗ right_t       weights of linear layers
+    Convolved     the same, right_t what position t sees: formed when it is asked for
     Lookup   G = Σ_t onehot(index_t) ⊗ value_t        embeddings
     Dense    G                              everything else
     Elementwise  u(Σ of these), coordinate by coordinate      a metric's scaling
@@ -12,10 +13,14 @@ and is never stored whole: ``rows`` gives a slice of it, ``compress`` gives L·G
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -28,6 +33,9 @@ class Outer:
 
     def to(self, device: torch.device) -> Outer:
         return Outer(self.left.to(device), self.right.to(device))
+
+    def examples(self, span: slice) -> Outer:
+        return Outer(self.left[span], self.right[span])
 
     @property
     def device(self) -> torch.device:
@@ -54,25 +62,35 @@ class Outer:
         whole = torch.einsum("btgo,btgi->bgoi", left, right)
         return whole.flatten(1, 2)[:, start:stop].float()
 
+    @property
+    def _kind(self) -> torch.dtype:
+        """The type both sides are multiplied in: float32, or bfloat16 as in autocast, where a plain
+        backward pass would round both too."""
+        short = torch.bfloat16 in (self.left.dtype, self._right_dtype)
+        return torch.bfloat16 if short else torch.float32
+
+    @property
+    def _right_dtype(self) -> torch.dtype:
+        return self.right.dtype
+
     def _alike(self) -> tuple[Tensor, Tensor]:
-        """Both sides in the type they are multiplied in: float32, or bfloat16 as in autocast,
-        where a plain backward pass would round both too."""
-        short = torch.bfloat16 in (self.left.dtype, self.right.dtype)
-        kind = torch.bfloat16 if short else torch.float32
-        return self.left.to(kind), self.right.to(kind)
+        return self.left.to(self._kind), self.right.to(self._kind)
 
     def compress(self, left_basis: Tensor, right_basis: Tensor) -> Tensor:
         """``[example, m, r]`` from bases ``[m, O]`` and ``[r, I]``."""
-        left, right = self._alike()
-        num_groups, size = left.shape[2:]
-        basis = left_basis.to(left.dtype).reshape(-1, num_groups, size)
-        turned = torch.einsum("mgo,btgo->btgm", basis, left).flatten(1, 2)
-        return torch.bmm(turned.mT, right.flatten(1, 2) @ right_basis.to(right.dtype).T).float()
+        kind = self._kind
+        basis = left_basis.to(kind).reshape(-1, *self.left.shape[2:])
+        turned = torch.einsum("mgo,btgo->btgm", basis, self.left.to(kind)).flatten(1, 2)
+        return torch.bmm(turned.mT, self.right_in(right_basis.to(kind)).flatten(1, 2)).float()
+
+    def right_in(self, basis: Tensor) -> Tensor:
+        """The right side's coordinates ``[example, position, group, r]`` in a basis ``[r, I]``."""
+        return self.right.to(basis.dtype) @ basis.T
 
     def square_norm(self) -> Tensor | None:
         """‖G‖² ``[example]`` = Σ_ts ⟨left_t, left_s⟩⟨right_t, right_s⟩, where that is cheaper."""
         _, num_positions, num_groups, size = self.left.shape
-        width = self.right.shape[3]
+        width = self.shape[1]
         if num_groups > 1 or num_positions**2 * (size + width) > size * width:
             return None
         return self.gram_square_norm()
@@ -92,6 +110,92 @@ def _norm(vector: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Window:
+    """What each output position of a convolution sees of its input; the arguments of torch's."""
+
+    kernel: tuple[int, ...]
+    stride: Any
+    padding: Any
+    dilation: Any
+    groups: int
+
+    def convolve(self, x: Tensor, kernels: Tensor) -> Tensor:
+        """``[example, position, group, r]``: each group of x ``[example, C, *size]`` with every
+        one of the kernels ``[r, (C/groups)·kernel]``."""
+        count, channels = x.shape[0], x.shape[1] // self.groups
+        function = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel) - 1]
+        out = function(
+            x.reshape(-1, channels, *x.shape[2:]),
+            kernels.reshape(-1, channels, *self.kernel),
+            None, self.stride, self.padding, self.dilation,
+        )  # fmt: skip
+        return out.reshape(count, self.groups, len(kernels), -1).permute(0, 3, 1, 2)
+
+    def patches(self, x: Tensor) -> Tensor:
+        """``[example, position, group, (C/groups)·kernel]`` of x ``[example, C, *size]``.
+
+        A view of positions next to each other, so that whole lines of x are copied.
+        """
+        dims = len(self.kernel)
+        stride, dilation = _each(self.stride, dims), _each(self.dilation, dims)
+        spans = [d * (k - 1) for d, k in zip(dilation, self.kernel, strict=True)]
+        if self.padding == "same":
+            pads = [(span // 2, span - span // 2) for span in spans]
+        else:
+            padding = 0 if self.padding == "valid" else self.padding
+            pads = [(p, p) for p in _each(padding, dims)]
+        seen = F.pad(x.contiguous(), [side for pad in reversed(pads) for side in pad])
+        for axis in range(dims):
+            seen = seen.unfold(2 + axis, spans[axis] + 1, stride[axis])[..., :: dilation[axis]]
+        # [example, C, *out, *kernel]
+        order = (0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims))
+        positions = seen.shape[2 : 2 + dims].numel()
+        return seen.permute(order).reshape(len(x), self.groups, -1, positions).permute(0, 3, 1, 2)
+
+
+def _each(value: Any, dims: int) -> tuple[int, ...]:
+    if isinstance(value, int):
+        return (value,) * dims
+    return tuple(value) * dims if len(value) == 1 else tuple(value)
+
+
+class Convolved(Outer):
+    """``right`` is what each position sees of x ``[example, C, *size]`` through a window.
+
+    Many times as large as x, so it is formed where it is asked for, best of a few examples.
+    """
+
+    x: Tensor
+    window: Window
+
+    def __init__(self, left: Tensor, x: Tensor, window: Window) -> None:
+        for name, value in (("left", left), ("x", x), ("window", window)):
+            object.__setattr__(self, name, value)
+
+    @cached_property
+    def right(self) -> Tensor:
+        return self.window.patches(self.x)
+
+    def to(self, device: torch.device) -> Convolved:
+        return Convolved(self.left.to(device), self.x.to(device), self.window)
+
+    def examples(self, span: slice) -> Convolved:
+        return Convolved(self.left[span], self.x[span], self.window)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        width = self.x.shape[1] // self.window.groups * math.prod(self.window.kernel)
+        return self.left.shape[2] * self.left.shape[3], width
+
+    @property
+    def _right_dtype(self) -> torch.dtype:
+        return self.x.dtype
+
+    def right_in(self, basis: Tensor) -> Tensor:
+        return self.window.convolve(self.x.to(basis.dtype), basis)
+
+
+@dataclass(frozen=True)
 class Lookup:
     """index ``[example, position]``, value ``[example, position, I]``, of an ``[O, I]`` table."""
 
@@ -101,6 +205,9 @@ class Lookup:
 
     def to(self, device: torch.device) -> Lookup:
         return Lookup(self.index.to(device), self.value.to(device), self.num_rows)
+
+    def examples(self, span: slice) -> Lookup:
+        return replace(self, index=self.index[span], value=self.value[span])
 
     @property
     def device(self) -> torch.device:
@@ -146,6 +253,9 @@ class Dense:
     def to(self, device: torch.device) -> Dense:
         return Dense(self.grad.to(device))
 
+    def examples(self, span: slice) -> Dense:
+        return Dense(self.grad[span])
+
     @property
     def device(self) -> torch.device:
         return self.grad.device
@@ -178,6 +288,9 @@ class Elementwise:
 
     def to(self, device: torch.device) -> Elementwise:
         return Elementwise([factor.to(device) for factor in self.factors], self.function)
+
+    def examples(self, span: slice) -> Dense:
+        return Dense(self.rows(0, self.shape[0])[span])  # the function may know every example
 
     @property
     def device(self) -> torch.device:

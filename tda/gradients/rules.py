@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from tda.gradients.factors import Dense, Factor, Lookup, Outer
+from tda.gradients.factors import Convolved, Dense, Factor, Lookup, Outer, Window
 
 _OPAQUE_BYTES = 256 * 2**20
 
@@ -183,36 +183,10 @@ def convolution(call: Call, grad: Tensor) -> Iterator[tuple[Any, Factor]]:
     if x.ndim != weight.ndim:
         raise InseparableError("a convolution without a batch axis")
     left = call.positions(grad.movedim(1, -1))
+    window = Window(tuple(weight.shape[2:]), stride or 1, padding or 0, dilation or 1, groups)
     x = x.to(grad.dtype)  # as autocast had it, before it is copied many times
-    patches = _patches(x, weight.shape[2:], stride or 1, padding or 0, dilation or 1)
-    # [N, C, *kernel, *out] -> [example, position, group, (C/groups)·kernel], a view: positions stay
-    # next to each other, so that whole lines of the input are copied.
-    right = patches.reshape(call.num_examples, groups, -1, left.shape[1]).permute(0, 3, 1, 2)
-    yield weight, Outer(left.unflatten(2, (groups, -1)), right)
+    yield weight, Convolved(left.unflatten(2, (groups, -1)), x, window)
     yield bias, _vector(left)
-
-
-def _patches(x: Tensor, kernel, stride, padding, dilation) -> Tensor:
-    """``[N, C, *kernel, *out]`` from ``[N, C, *size]``: what each output position sees."""
-    dims = len(kernel)
-    stride, dilation = _each(stride, dims), _each(dilation, dims)
-    spans = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-    if padding == "valid":
-        padding = 0
-    if padding == "same":
-        pads = [(span // 2, span - span // 2) for span in spans]
-    else:
-        pads = [(p, p) for p in _each(padding, dims)]
-    x = F.pad(x, [side for pad in reversed(pads) for side in pad])
-    for axis in range(dims):
-        x = x.unfold(2 + axis, spans[axis] + 1, stride[axis])[..., :: dilation[axis]]
-    return x.permute(0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims))
-
-
-def _each(value: Any, dims: int) -> tuple[int, ...]:
-    if isinstance(value, int):
-        return (value,) * dims
-    return tuple(value) * dims if len(value) == 1 else tuple(value)
 
 
 def product(call: Call, grad: Tensor) -> Iterator[tuple[Any, Factor]]:

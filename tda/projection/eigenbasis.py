@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tda.gradients import Factor, Lookup, Outer
 from tda.projection.sketches import rank_one
-from tda.projection.tiles import of_examples, square_norm, total
+from tda.projection.tiles import square_norm, total
 
 # One side of a parameter: basis vectors [m, O], the sorted numbers [m] of coordinate axes (wide
 # sides have no other basis), or None for all axes.
@@ -58,11 +58,18 @@ def _rotated(factor: Factor, left: Side, right: Side) -> Tensor:
     if isinstance(factor, Lookup):
         return _looked_up(factor, left, onto(factor.value.float(), right))
     if isinstance(factor, Outer) and factor.left.shape[2] == 1:
-        sides = onto(factor.left[:, :, 0].float(), left), onto(factor.right[:, :, 0].float(), right)
-        return torch.bmm(sides[0].mT, sides[1])
+        seen = _in_axes(factor, right)
+        return torch.bmm(onto(factor.left[:, :, 0].float(), left).mT, seen)
     # Of a convolution in groups each output sees one group only: G is as small as its factors.
     grad = factor.rows(0, factor.shape[0])
     return onto(onto(grad, right).mT, left).mT
+
+
+def _in_axes(outer: Outer, right: Side) -> Tensor:
+    """The right side of one group along ``right``, ``[example, position, r]`` float32."""
+    if right is not None and right.is_floating_point():
+        return outer.right_in(right.float())[:, :, 0]
+    return onto(outer.right[:, :, 0].float(), right)
 
 
 def _looked_up(factor: Lookup, left: Side, value: Tensor) -> Tensor:
@@ -83,7 +90,7 @@ def example_tiles(factors: Sequence[Factor], floats: int) -> Iterator[tuple[slic
     step = max(1, _TILE_FLOATS // floats)
     for start in range(0, factors[0].num_examples, step):
         span = slice(start, start + step)
-        yield span, [of_examples(factor, span) for factor in factors]
+        yield span, [factor.examples(span) for factor in factors]
 
 
 def largest(blocks: Mapping[str, Eigen], dim: int) -> dict[str, tuple[Tensor, ...]]:

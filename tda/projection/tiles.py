@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tda.gradients import Dense, Factor, Lookup, Outer
+from tda.gradients import Convolved, Factor, Lookup, Outer
 
 Shapes = Mapping[str, tuple[int, int]]  # each parameter as a matrix [O, I]
 _TILE_FLOATS = 2**20  # one tile of gradients: 4 MiB, in the cache
@@ -61,26 +61,18 @@ def few_examples(factors: list[Factor]) -> Iterator[tuple[slice, list[Factor]]]:
     """
     count = factors[0].num_examples
     num_rows, width = factors[0].shape
-    step = max(_FEW, _tile_floats(factors) // (num_rows * width))
+    positions = max((f.left.shape[1] for f in factors if isinstance(f, Convolved)), default=0)
+    step = max(_FEW, _tile_floats(factors) // (max(num_rows, positions) * width))
     if step >= count or not any(isinstance(factor, Outer) for factor in factors):
         yield slice(0, count), factors
         return
     for start in range(0, count, step):
         span = slice(start, start + step)
-        yield span, [of_examples(factor, span) for factor in factors]
+        yield span, [factor.examples(span) for factor in factors]
 
 
 def _tile_floats(factors: list[Factor]) -> int:
     return _TILE_FLOATS if factors[0].device.type == "cpu" else _GPU_TILE_FLOATS
-
-
-def of_examples(factor: Factor, span: slice) -> Factor:
-    """A factor at some of its examples."""
-    if isinstance(factor, Outer):
-        return Outer(factor.left[span], factor.right[span])
-    if isinstance(factor, Lookup):
-        return replace(factor, index=factor.index[span], value=factor.value[span])
-    return Dense(factor.rows(0, factor.shape[0])[span])
 
 
 def tiles(factors: list[Factor]) -> Iterator[Tile]:

@@ -1,0 +1,68 @@
+"""Fast float32 products are float32 products, and nobody else's setting is touched."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from tda import products
+
+
+@pytest.fixture
+def faster(monkeypatch):
+    """As on a machine where oneDNN's products are faster."""
+    monkeypatch.setattr(products, "_are_faster", lambda: True)
+
+
+def test_a_product_is_as_exact_as_float32():
+    left, right = torch.randn(300, 200), torch.randn(200, 100)
+    with products.fast_products():
+        found = left @ right
+    exact = left.double() @ right.double()
+    assert (found - exact).norm() < 1e-6 * exact.norm()
+
+
+def test_the_setting_holds_while_anybody_is_inside(faster):
+    """One leaves while another is at work: the other's products stay what they were."""
+    assert torch.get_float32_matmul_precision() == "highest"
+
+    def inside(_: int) -> str:
+        with products.fast_products():
+            with products.fast_products():
+                pass
+            return torch.get_float32_matmul_precision()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(inside, range(50))) == {"medium"}
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_a_precision_that_the_user_has_chosen_stays(faster):
+    torch.set_float32_matmul_precision("high")
+    try:
+        with products.fast_products():
+            assert torch.get_float32_matmul_precision() == "high"
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_a_failure_inside_leaves_the_setting_as_it_was(faster):
+    with pytest.raises(ZeroDivisionError), products.fast_products():
+        raise ZeroDivisionError
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_a_library_that_rounds_is_not_asked(monkeypatch):
+    """Products of bfloat16 in place of float32's are seen."""
+    exact = torch.Tensor.__matmul__
+
+    def rounded(left, right):
+        if left.dtype == torch.float64:
+            return exact(left, right)
+        return exact(left.bfloat16(), right.bfloat16()).float()
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
+    assert not products._is_exact()
