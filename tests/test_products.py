@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tda import products
 
@@ -66,3 +67,20 @@ def test_a_library_that_rounds_is_not_asked(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
     assert not products._is_exact()
+
+
+@pytest.mark.parametrize(("causal", "masked"), [(True, False), (False, True), (False, False)])
+def test_attention_taken_apart_is_attention(faster, causal, masked):
+    """Values and gradients, as torch's fused kernel has them."""
+    parts = [torch.randn(2, 3, 7, 4, requires_grad=True) for _ in range(3)]
+    mask = torch.rand(7, 7) > 0.3 if masked else None
+    given = {"attn_mask": mask, "is_causal": causal, "scale": 0.3}
+    wanted = F.scaled_dot_product_attention(*parts, **given)
+    gradients = torch.autograd.grad(wanted.square().sum(), parts)
+    with products.fast_products():
+        found = products.attention(*parts, **given)
+        torch.testing.assert_close(found, wanted)
+        for one, other in zip(
+            torch.autograd.grad(found.square().sum(), parts), gradients, strict=True
+        ):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)

@@ -82,9 +82,9 @@ def next_token(model: nn.Module, batch: Any) -> Tensor:
 
 def workloads() -> list[Workload]:
     torch.manual_seed(0)
-    tokens = {"input_ids": torch.randint(0, 1024, (128, 128))}
-    images = (torch.randn(1024, 3, 32, 32), torch.randint(0, 10, (1024,)))
-    vectors = (torch.randn(16384, 784), torch.randint(0, 10, (16384,)))
+    tokens = {"input_ids": torch.randint(0, 1024, (512, 128))}
+    images = (torch.randn(4096, 3, 32, 32), torch.randint(0, 10, (4096,)))
+    vectors = (torch.randn(65536, 784), torch.randint(0, 10, (65536,)))
     return [
         Workload("GPT 4×256", GPT(), tokens, 16, "causal_lm", next_token),
         Workload("CNN", cnn(), images, 64, "cross_entropy", classify),

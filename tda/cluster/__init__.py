@@ -23,6 +23,7 @@ from tda.cluster.delivery import remade
 from tda.cluster.leaving import PreemptedError, on_sigterm
 from tda.cluster.pool import Workers, is_open, run, shares
 from tda.errors import ConfigError
+from tda.malloc import KEPT
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -40,13 +41,6 @@ __all__ = [
 
 KINDS = ("local", "slurm", "kubernetes")
 
-# Dask's own trim threshold (64 KiB) hands buffers back to the system after every batch: 1.4 to 2.1
-# times the cost of a scan.
-_MALLOC = {
-    "MALLOC_TRIM_THRESHOLD_": "536870912",
-    "MALLOC_MMAP_THRESHOLD_": "67108864",
-    "MALLOC_ARENA_MAX": "1",
-}
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _SETTINGS = {
     # Pieces leave nothing in a worker, so there is nothing to spill and no use in waiting.
@@ -110,8 +104,11 @@ class Cluster:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What workers find in theirs."""
-        return _MALLOC | dict.fromkeys(_THREADS, str(self.threads))
+        """What workers find in theirs.
+
+        Dask's own trim threshold (64 KiB) would be 1.4 to 2.1 times the cost of a scan.
+        """
+        return KEPT | dict.fromkeys(_THREADS, str(self.threads))
 
     @contextmanager
     def open(self, show: bool = False) -> Iterator[None]:

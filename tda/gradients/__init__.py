@@ -35,6 +35,7 @@ from tda.gradients.factors import (
 from tda.gradients.rules import InseparableError, matrix_shape
 from tda.gradients.tap import Consume, ModifiedError, factors_of
 from tda.layout import is_spread
+from tda.malloc import keep_freed
 from tda.measurements import Measurement
 from tda.products import fast_products
 
@@ -93,6 +94,7 @@ class Gradients:
         device: str | torch.device = "cpu",
         autocast: torch.dtype | None = None,
     ) -> None:
+        keep_freed()
         trained = [name for name, p in model.named_parameters() if p.requires_grad]
         if not trained:
             raise TaskError(

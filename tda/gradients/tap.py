@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from tda.errors import GradientError
 from tda.gradients.factors import Dense, Factor, Outer, materialise
 from tda.gradients.rules import RULES, Call, InseparableError, matrix_shape, opaque
+from tda.products import attention
 
 Consume = Callable[[str, list[Factor]], None]
 
@@ -131,6 +132,8 @@ class Tap(TorchFunctionMode):
                 self._derive(function, args, kwargs, used, result)
             return result
         if not used:
+            if function is F.scaled_dot_product_attention:
+                function = attention
             return _spread(function(*args, **kwargs))
         if not torch.is_grad_enabled():
             raise _switched_off(self._derived[id(used[0])].names[0])

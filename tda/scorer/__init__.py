@@ -21,6 +21,8 @@ from torch import Tensor
 from tda.cluster import run, shares
 from tda.curvature import row_ranges
 from tda.errors import RecipeError, StoreError
+from tda.malloc import keep_freed
+from tda.products import fast_products
 from tda.progress import Tick
 from tda.recipe import Recipe
 from tda.scorer.embedding import Embedding, reciprocal
@@ -171,6 +173,7 @@ def decoded(rows: Tensor, factor: Tensor | None) -> Tensor:
 
 def ahead(items: Iterator[T]) -> Iterator[T]:
     """The same, made in a thread while earlier ones are used."""
+    keep_freed()
     done = object()
     with ThreadPoolExecutor(max_workers=1) as maker:
         coming = deque(maker.submit(next, items, done) for _ in range(AHEAD))
@@ -189,7 +192,8 @@ def _tile(prepared: Prepared, rows: list[Tensor], low: int, first_query: int) ->
     """Σ_c (Q_c X_cᵀ) · r_c  [m, r] float32; refuses to return a NaN."""
     total = None
     for q, x, weight in zip(prepared.queries, rows, prepared.row_weights, strict=True):
-        product = (q @ x.T.to(q.dtype)).mul_(weight[low : low + len(x)])
+        with fast_products():
+            product = (q @ x.T.to(q.dtype)).mul_(weight[low : low + len(x)])
         total = product if total is None else total + product
     assert total is not None
     total = total.float()
