@@ -81,7 +81,8 @@ class Run:
 
     Where a method takes ``queries``, it is a data set (featurized and stored the first time, which
     needs the task) or the name of a stored query set; ``recipe`` is a name of `tda.RECIPES` or a
-    `Recipe`.
+    `Recipe`. `scores` and `top_k` also take what `prepare` gave, whose recipe is its own: several
+    answers, prepared once.
     """
 
     def __init__(self, store: Store, task: Task | None = None) -> None:
@@ -234,6 +235,8 @@ class Run:
         """The queries with the whole method folded in: what `tda.scorer` works on."""
         from tda import scorer
 
+        if isinstance(queries, scorer.Prepared):
+            return queries
         chosen, name = self.recipe(recipe), self._name(queries)
         return scorer.prepare(self.store, chosen, self.store.table(f"queries/{name}"))
 

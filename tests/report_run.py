@@ -113,7 +113,7 @@ class FakeRun:
         half = torch.eye(rows.dim) / 2
         return Prepared(chosen, rows, (half, half), torch.ones(2, rows.num_rows))
 
-    def top_k(self, name: str, k: int, recipe: Any) -> FakeTopK:
+    def top_k(self, queries: Any, k: int, recipe: Any = None) -> FakeTopK:
         return FakeTopK(self._ranking(-self.matrix, k), self._ranking(self.matrix, k))
 
     def baseline_top_k(self, name: str, k: int, only: Any) -> FakeTopK:

@@ -173,6 +173,24 @@ def test_query_writes_the_engines_answer_to_json_and_parquet(config, run, tmp_pa
     assert sorted(p.name for p in tmp_path.iterdir()) == ["answers.json", "answers.parquet"]
 
 
+def test_a_query_is_prepared_once_for_its_answer_and_for_what_is_reliable(run, monkeypatch):
+    stored, given = tda.open(run), []
+    wanted = stored.top_k("test", k=3, recipe="trak")
+    prepare = tda.scorer.prepare
+
+    def counted(*arguments):
+        given.append(arguments)
+        return prepare(*arguments)
+
+    monkeypatch.setattr(tda.scorer, "prepare", counted)
+    ran("query", run, "--recipe", "trak", "-k", 3)
+    prepared = stored.prepare("test", "trak")
+    found = stored.top_k(prepared, k=3)
+    np.testing.assert_array_equal(found.proponents.scores, wanted.proponents.scores)
+    np.testing.assert_array_equal(stored.scores(prepared), stored.scores("test", "trak"))
+    assert len(given) == 3  # by the command, here, and for the scores that were not prepared
+
+
 def test_auto_says_which_recipe_it_is_and_why(run):
     found = ran("query", run, "--recipe", "auto", "--show", 1)
     assert "auto: influence. Chosen for" in " ".join(found.output.split())

@@ -193,8 +193,9 @@ def query(
             opened.recipe(recipe, name if learn_layers else None),
             k or opened.defaults.k,
         )
-        top = opened.run.top_k(name, k=depth, recipe=chosen, approximate=approximate)
-    answer = answers.collect(opened.run, name, chosen, top, ids or ())
+        prepared = opened.run.prepare(name, chosen)
+        top = opened.run.top_k(prepared, k=depth, approximate=approximate)
+    answer = answers.collect(opened.run, name, prepared, top, ids or ())
     for table in answer.tables(show):
         tables.show(table)
     if show and answer.rule:

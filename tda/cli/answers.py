@@ -20,8 +20,8 @@ from tda.scorer.signs import Signs, signs_of
 if TYPE_CHECKING:
     import dask.array as da
 
-    from tda.recipe import Recipe
     from tda.run import Run
+    from tda.scorer import Prepared
     from tda.scorer.ranking import Ranking, TopK
 
 _HEADS = {"proponents": "proponent", "opponents": "opponent", "nearest": "nearest"}
@@ -163,7 +163,7 @@ def check_format(path: Path) -> None:
         )
 
 
-def collect(run: Run, query_set: str, recipe: Recipe, top: TopK, ids: Sequence[str]) -> Answer:
+def collect(run: Run, query_set: str, prepared: Prepared, top: TopK, ids: Sequence[str]) -> Answer:
     """The answers about the queries ``ids``, or about all. Raises DataError for an unknown id."""
     queries, train = run.store.table(f"queries/{query_set}"), run.store.table("train")
     query_ids = queries.column("id").tolist()
@@ -184,7 +184,7 @@ def collect(run: Run, query_set: str, recipe: Recipe, top: TopK, ids: Sequence[s
     return Answer(
         run=str(run.path),
         query_set=query_set,
-        recipe=recipe.name,
+        recipe=prepared.recipe.name,
         positions=asked,
         query_ids=query_ids,
         query_labels=_labels(queries),
@@ -192,7 +192,7 @@ def collect(run: Run, query_set: str, recipe: Recipe, top: TopK, ids: Sequence[s
         train_labels=_labels(train),
         sides=sides,
         recall=top.recall,
-        signs=signs_of(run.prepare(query_set, recipe), run.store.manifest, top, asked),
+        signs=signs_of(prepared, run.store.manifest, top, asked),
     )
 
 

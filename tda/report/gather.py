@@ -46,7 +46,6 @@ from tda.report.rollups import (
 )
 from tda.report.trust import judge
 from tda.run import Run
-from tda.scorer import Prepared
 from tda.scorer.moments import Moments, moments, scores_at
 from tda.scorer.signs import Signs, signs_of
 from tda.store import Store
@@ -110,7 +109,8 @@ def collect(
     order = np.argsort(-values.mean, kind="stable")
     best = [int(i) for i in order[:NUM_EXTREMES] if values.mean[i] > 0]
     worst = [int(i) for i in order[::-1][:NUM_EXTREMES] if values.mean[i] < 0]
-    top, signs = _top(run, query_name, chosen, k, prepared)
+    top = run.top_k(prepared, k)
+    signs = signs_of(prepared, run.store.manifest, top)
     answered, baseline_note = _answers(run, query_name, k, shown, queries, train, top, signs)
     decisions = decide(train, queries, values, self_influence, evidence)
 
@@ -256,14 +256,6 @@ def _other_scores(
         except RecipeError as error:
             notes.append(f"Not compared with {name}: {error.what}.")
     return scores, notes
-
-
-def _top(
-    run: Any, query_name: str, recipe: Recipe, k: int, prepared: Prepared
-) -> tuple[Any, Signs | None]:
-    """The top answers to every query, and which of their signs survive."""
-    top = run.top_k(query_name, k, recipe)
-    return top, signs_of(prepared, run.store.manifest, top)
 
 
 def _answers(
