@@ -217,6 +217,8 @@ class Campaign:
 
     def run(self, folder: Path, share: float = 1.0, seed: int = 0) -> list[Tally]:
         """Every kind, ``share`` of its usual number of strikes."""
+        if not self.kinds:
+            return []
         torch.set_num_threads(1)
         whole = self.make(folder / "whole").finish()
         found = []

