@@ -207,7 +207,7 @@ def test_the_score_matrix_is_never_held_whole(tmp_path, monkeypatch):
         for name in ("ids", "indices", "scores"):
             setattr(ranking, name, np.tile(getattr(ranking, name), (num_queries // 8, 1)))
     run.prepare, run.itself = prepare, np.tile(run.itself, num_train // 40)
-    run.top_k = lambda name, k, recipe: few
+    run.top_k = lambda prepared, k: few
     run.baseline_top_k = lambda name, k, only: few
     tracemalloc.start()
     collect(run, max_queries=4, compare=("trak",))
