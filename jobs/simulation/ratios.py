@@ -6,9 +6,10 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,71 +19,112 @@ import torch
 import zarr
 
 import tda
+from benchmarks.workloads import cnn
 from tda import scorer
 from tda.cluster import Cluster
 from tda.scorer import ScoreMatrix
 
 DIM, NUM_QUERIES = 2048, 512
-OPTIONS: dict[str, Any] = {"proj_dim": DIM, "chunk_rows": 1024, "progress": False}
 
 
 @dataclass(frozen=True)
-class Ratios:
-    """Medians of ``repeats`` interleaved rounds; seconds of one worker, ratios of the others."""
+class Workload:
+    """A task, and data of as many rows as one asks for; usually ``rows``, ``chunk_rows`` a time."""
 
+    what: str
+    task: Callable[[], tda.Task]
+    data: Callable[[int], Any]
     rows: int
-    repeats: int
+    chunk_rows: int
+
+    def index(self, folder: Path, num_rows: int) -> tda.Run:
+        shutil.rmtree(folder, ignore_errors=True)
+        return tda.index(
+            self.task(), self.data(num_rows), folder, proj_dim=DIM, chunk_rows=self.chunk_rows,
+            progress=False,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Indexing:
+    """Of a workload: seconds of one worker, and medians of ratios."""
+
+    what: str
+    rows: int
     seconds: float
     two_processes: float  # one worker's time over two workers'
     plain: float  # one worker's time over the plain loop's
-    threads: float  # Dask's time over the plain loop's
-    processes: float
 
     @property
     def rows_per_second(self) -> float:
         return self.rows / self.seconds
 
 
-def task() -> tda.Task:
+@dataclass(frozen=True)
+class Ratios:
+    """Medians of ``repeats`` interleaved rounds. threads, processes: Dask's time for the scores of
+    the first workload over the plain loop's."""
+
+    repeats: int
+    indexing: list[Indexing]
+    threads: float
+    processes: float
+
+
+def _mlp() -> tda.Task:
     torch.manual_seed(0)
     layers = [torch.nn.Linear(64, 512), torch.nn.ReLU(), torch.nn.Linear(512, 256)]
     return tda.Task(torch.nn.Sequential(*layers, torch.nn.ReLU(), torch.nn.Linear(256, 10)))
 
 
-def data(count: int) -> tuple[np.ndarray, np.ndarray]:
-    generator = np.random.default_rng(count)
-    return generator.normal(size=(count, 64)).astype("f4"), generator.integers(0, 10, count)
+def _cnn() -> tda.Task:
+    torch.manual_seed(0)
+    return tda.Task(cnn())
 
 
-def measure(folder: Path, num_rows: int, repeats: int) -> Ratios:
-    examples = data(num_rows)
+@cache
+def _numbers(*shape: int) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs of this shape, and labels."""
+    generator = np.random.default_rng(shape[0])
+    return generator.standard_normal(shape, np.float32), generator.integers(0, 10, shape[0])
 
-    def index(name: str) -> tda.Run:
-        shutil.rmtree(folder / name, ignore_errors=True)
-        return tda.index(task(), examples, folder / name, **OPTIONS)
 
+MLP = Workload("a small network", _mlp, lambda count: _numbers(count, 64), 131_072, 1024)
+CNN = Workload("a CNN", _cnn, lambda count: _numbers(count, 3, 32, 32), 8_192, 128)
+
+
+def measure(folder: Path, share: float, repeats: int) -> Ratios:
+    """``share`` of the usual rows."""
     with Cluster(workers=1).started() as one, Cluster(workers=2).started() as two:
-        ways: dict[str, Callable[[], object]] = {}
-        for name, place in {"here": None, "one": one, "two": two}.items():
-
-            def way(name: str = name, place: Any = place) -> None:
-                with nullcontext() if place is None else place.taking_work():
-                    index(name)
-
-            ways[name] = way
-        spent = _interleaved(ways, repeats)
-        run = tda.open(folder / "here", task())
-        run.add_queries(data(NUM_QUERIES), "q")
+        places = {"here": None, "one": one, "two": two}
+        indexing = [_indexing(folder, work, share, places, repeats) for work in (MLP, CNN)]
+        run = tda.open(folder / MLP.what, MLP.task())
+        run.add_queries(MLP.data(NUM_QUERIES), "q")
         scored = _interleaved(_scorings(folder, run, one.client), repeats)
     return Ratios(
-        num_rows,
         repeats,
-        statistics.median(spent["one"]),
-        _ratio(spent["one"], spent["two"]),
-        _ratio(spent["one"], spent["here"]),
+        indexing,
         _ratio(scored["threads"], scored["loop"]),
         _ratio(scored["processes"], scored["loop"]),
     )
+
+
+def _indexing(
+    folder: Path, work: Workload, share: float, places: Mapping[str, Any], repeats: int
+) -> Indexing:
+    rows = round(share * work.rows)
+
+    def way(place: Any) -> Callable[[], object]:
+        def index() -> None:
+            with nullcontext() if place is None else place.taking_work():
+                work.index(folder / work.what, rows)
+
+        return index
+
+    spent = _interleaved({name: way(place) for name, place in places.items()}, repeats)
+    one = statistics.median(spent["one"])
+    two, plain = _ratio(spent["one"], spent["two"]), _ratio(spent["one"], spent["here"])
+    return Indexing(work.what, rows, one, two, plain)
 
 
 def _scorings(folder: Path, run: tda.Run, client: Any) -> dict[str, Callable[[], object]]:
