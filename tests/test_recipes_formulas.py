@@ -171,7 +171,7 @@ CASES: dict[str, tuple[Recipe, Formula]] = {
         by_layer(naive.trackstar, damping=0.01, share=0.4),
     ),
     "less": (variant("less", metric="any"), tracin_unit),
-    "influence_ekfac": (variant("influence_ekfac", basis="any"), diagonal),
+    "influence_ekfac": (variant("influence_ekfac", basis="any", parameters="all"), diagonal),
     "influence_gn": (RECIPES["influence_gn"], gauss_newton),
     "shrunk": (
         variant("influence_shrunk", curvature_rows="link", basis="any"), lambda s: shrunk(s, 0.5)

@@ -32,7 +32,7 @@ def recipes(case: Any) -> dict[str, tuple[Recipe, np.ndarray]]:
         "influence_ekfac": naive.with_curvature(q, t, diagonals, 0.1),  # its automatic damping
         "source": naive.source(q, t, [[c] for c in range(len(t))], times),
     }
-    free = {"basis": "any", "metric": "any"}
+    free = {"basis": "any", "metric": "any", "parameters": "all"}
     return {name: (replace(tda.RECIPES[name], **free), wanted) for name, wanted in given.items()}
 
 

@@ -20,7 +20,7 @@ from tda.gradients import Dense, Lookup, Outer, shapes_of
 from tda.recipe import Recipe
 from tda.unprojected import streaming
 
-EKFAC = tda.RECIPES["influence_ekfac"]
+EKFAC = replace(tda.RECIPES["influence_ekfac"], parameters="all")
 # An MLP, a CNN with groups, a language model with a tied embedding and a norm.
 NAMES = ["digits_mlp", "cnn", "tiny_lm"]
 
@@ -361,8 +361,45 @@ def test_a_store_in_the_eigenbasis_gives_the_same_scores(tmp_path):
     for dim, error in ((1000, 1e-3), (12, 0.1)):
         run = tda.index(task, problem.train, tmp_path / str(dim), projection="eigenbasis",
                         proj_dim=dim, dtype="float32", progress=False)  # fmt: skip
-        found = run.scores(problem.queries, "influence_ekfac").compute()
+        found = run.scores(problem.queries, EKFAC).compute()
         assert naive.relative_error(found, wanted) < error
+
+
+@pytest.mark.parametrize("name", ["digits_mlp", "tiny_lm"])
+def test_matrices_alone_are_all_parameters_with_vectors_at_weight_zero(name, task_of, tmp_path):
+    """With a run in the eigenbasis and without one; a weight that is named stays."""
+    problem, task = problems.problem(name), one_checkpoint(problems.problem(name))
+    vectors = [n for n, p in task.model.named_parameters() if p.ndim == 1]
+    assert 0 < len(vectors) < len(list(task.model.parameters()))
+    ekfac = fit_ekfac(task, problem.train, progress=False)
+    alone = replace(EKFAC, parameters="matrices")
+    zeros = tuple((n, 0.0) for n in vectors)
+    named = ((vectors[0], 0.5),)
+    for recipe, weights in (
+        (alone, zeros),
+        (replace(alone, layer_weights=named), named + zeros[1:]),
+    ):
+        every = replace(EKFAC, layer_weights=weights)
+        wanted = attribute(task, problem, every, ekfac=ekfac)
+        assert np.array_equal(attribute(task, problem, recipe, ekfac=ekfac), wanted)
+    assert not np.allclose(attribute(task, problem, EKFAC, ekfac=ekfac), wanted, rtol=1e-3)
+    run = tda.index(task, problem.train, tmp_path, projection="eigenbasis", proj_dim=64,
+                    progress=False)  # fmt: skip
+    kept = [layer["name"] for layer in run.store.manifest["layers"]]
+    weights = tuple((n, 0.0) for n in vectors if n in kept)
+    found = run.scores(problem.queries, alone).compute()
+    wanted = run.scores(problem.queries, replace(EKFAC, layer_weights=weights)).compute()
+    assert np.array_equal(found, wanted)
+
+
+def test_a_model_of_vectors_alone_keeps_them():
+    problem = problems.problem("digits_mlp")
+    task = one_checkpoint(problem)
+    for parameter in task.model.parameters():
+        parameter.requires_grad_(parameter.ndim == 1)
+    every = attribute(task, problem, EKFAC)
+    assert np.array_equal(attribute(task, problem, "influence_ekfac"), every)
+    assert every.any()
 
 
 def test_scores_of_drawn_labels_repeat():

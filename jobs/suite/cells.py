@@ -132,6 +132,7 @@ def of_one_model(wide: bool) -> Iterator[Cell]:
     found += [one(method=m, projection="count_sketch", dim=DIM) for m in ON_ONE_MODEL]
     found.append(one(method="influence_ekfac"))
     found.append(one(method="influence_ekfac", blocks="layer", damping="0.1"))
+    found.append(one(method="influence_ekfac", damping="0.001"))
     learned = partial(one, projection="eigenbasis", dim=SMALL_DIM, layers="learned")
     found += [learned(method=m) for m in ("grad_dot", "influence_ekfac", "influence_shrunk")]
     by_layer = replace(learned(method="influence_gn"), blocks="layer")

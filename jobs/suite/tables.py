@@ -46,7 +46,10 @@ fashion_mlp; the share ½ of `influence_shrunk`, and so of `auto` in an eigenbas
 .4, .5, .6 and .8 with diamonds and fashion_cnn beside them. *query = margin*: the query's gradient
 is that of its margin and not of its loss, which weighs several checkpoints better; with one model
 it changes nothing. *earlier*: a row of a recipe that has changed since – there `influence_shrunk`
-had the share .4 and every coordinate in its core, and both it and EK-FAC the schedule's damping.
+had the share .4 and every coordinate in its core, and both it and EK-FAC the schedule's damping;
+EK-FAC also counted biases and norms. Without them (`parameters="matrices"`, chosen on digits_mlp,
+penbased, shakespeare and fashion_ddpm) it is level with kronfluence's joint block of a weight and
+its bias. What is left between the two on shakespeare is damping: it asks for less than others.
 
 *layers = learned*: with `run.learn_layer_weights`, whose two numbers were chosen on digits_mlp and
 rotten_tomatoes: the other tasks judge it. *metric = adam*: gradients in the metric of Adam's steps.

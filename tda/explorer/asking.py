@@ -134,7 +134,7 @@ class Explorer:
             checkpoint_weights(store.manifest, recipe)
             if recipe.function == "unrolled":
                 segments(store.manifest, recipe)
-            if recipe.blocks == "layer" or recipe.layer_weights:
+            if recipe.by_layer:
                 layer_slices(store.manifest, recipe)
             if recipe.curvature != "identity" and recipe.curvature_rows == "gauss_newton":
                 curvature_table(store, recipe)

@@ -31,6 +31,7 @@ Scale = Literal["one", "inverse_n"]
 Basis = Literal["any", "eigen"]
 Metric = Literal["any", "adam", "second_moment", "adam_update"]
 Space = Literal["stored", "parameters"]
+Parameters = Literal["all", "matrices"]
 DIAGONAL_DAMPING = 0.1  # of an EK-FAC, in mean eigenvalues
 
 
@@ -61,6 +62,9 @@ class Recipe:
     normalize, norm    which sides are divided by their length after preconditioning: √(gᵀFg)
                        ("metric"), or that of the step it causes, ‖Fg‖ ("step").
     layer_weights      (layer, α ≥ 0): weights of layers in every product; 1 for those not named.
+    parameters         α of the biases and norms that are not named there: 1 ("all"), or 0
+                       ("matrices"). Where every parameter is a block of its own they would count
+                       twice: what a bias does, the weights of its layer do through mean inputs.
     checkpoint_weight  w_c = 1/C, or the checkpoint's learning rate.
     combine            see the two formulas above.
     scale              1, or 1/n for n training examples.
@@ -91,6 +95,7 @@ class Recipe:
     normalize: Normalize = "none"
     norm: Norm = "metric"
     layer_weights: tuple[tuple[str, float], ...] = ()
+    parameters: Parameters = "all"
     checkpoint_weight: CheckpointWeight = "mean"
     combine: Combine = "mean_of_products"
     scale: Scale = "one"
@@ -131,6 +136,8 @@ class Recipe:
         if self.layer_weights:
             named = ", ".join(f"{name} {weight:g}" for name, weight in self.layer_weights)
             terms.append(f"products of layers weighted: {named}, others 1")
+        if self.parameters == "matrices":
+            terms.append("biases and norms left out")
         terms += [
             words[choice]
             for words, choice in ((_BASES, self.basis), (_METRICS, self.metric))
@@ -202,6 +209,16 @@ class Recipe:
     def diagonal_share(self) -> float:
         """Of H: what the automatic damping turns on."""
         return 1.0 if self.curvature == "diagonal" else self.shrinkage
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether it asks for rows that keep layers apart."""
+        return self.blocks == "layer" or self.weighs_layers
+
+    @property
+    def weighs_layers(self) -> bool:
+        """Whether some layers count more than others."""
+        return bool(self.layer_weights) or self.parameters == "matrices"
 
     @property
     def implies_damping(self) -> bool:

@@ -194,9 +194,10 @@ def _of_the_norms(recipe: Recipe) -> list[tuple[bool, str, str]]:
             "set curvature='gram' and function='inverse', or norm='metric'",
         ),
         (
-            bool(recipe.layer_weights) and recipe.normalize != "none" and mixed,
-            "layer_weights leave no norm where the curvature mixes layers: gᵀ(α∘Fg) may be < 0",
-            "set blocks='layer', or normalize='none'",
+            recipe.weighs_layers and recipe.normalize != "none" and mixed,
+            "layers of unlike weight leave no norm where the curvature mixes them: "
+            "gᵀ(α∘Fg) may be < 0",
+            "set blocks='layer', or normalize='none'; or layer_weights=() and parameters='all'",
         ),
     ]
 

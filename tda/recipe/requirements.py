@@ -84,7 +84,7 @@ def layer_slices(manifest: Manifest, recipe: Recipe) -> dict[str, slice]:
             where=f"recipe {recipe.name!r}",
             found=f"projection {manifest.get('projection', {}).get('kind')!r}",
             do="index with projection='kronecker' or 'eigenbasis', or use "
-            "dataclasses.replace(recipe, blocks='whole', layer_weights=())",
+            "dataclasses.replace(recipe, blocks='whole', layer_weights=(), parameters='all')",
         )
     slices = {x["name"]: slice(x["offset"], x["offset"] + x["size"]) for x in layers}
     for name, _ in recipe.layer_weights:
@@ -97,6 +97,20 @@ def layer_slices(manifest: Manifest, recipe: Recipe) -> dict[str, slice]:
                 do=f"did you mean {near[0]!r}?" if near else None,
             )
     return slices
+
+
+def layer_alphas(manifest: Manifest, recipe: Recipe) -> dict[str, float]:
+    """α of the parameters whose products are weighted, by name; of all others it is 1.
+
+    A model without a matrix keeps its vectors.
+    """
+    given = dict(recipe.layer_weights)
+    if recipe.parameters == "all":
+        return given
+    shapes = manifest.get("model", {}).get("parameters", {})
+    vectors = [name for name, shape in shapes.items() if len(shape) < 2]
+    left_out = vectors if len(vectors) < len(shapes) else []
+    return {**dict.fromkeys(left_out, 0.0), **given}
 
 
 def checkpoint_weights(manifest: Manifest, recipe: Recipe) -> list[float]:

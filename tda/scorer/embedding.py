@@ -18,7 +18,7 @@ from tda.cache import Arrays
 from tda.curvature import row_ranges
 from tda.preconditioner import squared
 from tda.recipe import Recipe
-from tda.recipe.requirements import checkpoint_weights, layer_slices
+from tda.recipe.requirements import checkpoint_weights, layer_alphas, layer_slices
 from tda.scorer.operators import Group, Operators
 from tda.scorer.row_weights import column, gradient_weights
 
@@ -65,12 +65,12 @@ class Embedding:
     @cached_property
     def alpha(self) -> Tensor | None:
         """α [k] float64; None where every layer counts once."""
-        if not self.recipe.layer_weights:
+        weights = layer_alphas(self.operators.manifest, self.recipe)
+        if not weights:
             return None
         alpha = torch.ones(self.train.dim, dtype=torch.float64)
-        layers = layer_slices(self.operators.manifest, self.recipe)
-        for name, weight in self.recipe.layer_weights:
-            alpha[layers[name]] = weight
+        for name, columns in layer_slices(self.operators.manifest, self.recipe).items():
+            alpha[columns] = weights.get(name, 1.0)
         return alpha
 
     # ---- which multiple of ∇f stands for an example
@@ -151,7 +151,8 @@ class Embedding:
                 parts.append(squares.sqrt() * largest)
             return {"lengths": torch.cat(parts).numpy()}
 
-        choices = (checkpoint, *method, r.rank, r.shrinkage, r.core, r.layer_weights, norm)
+        weights = tuple(layer_alphas(self.operators.manifest, r).items())
+        choices = (checkpoint, *method, r.rank, r.shrinkage, r.core, weights, norm)
         return torch.from_numpy(self.operators.cache.get("lengths", choices, compute)["lengths"])
 
     def own_products(self) -> Tensor:

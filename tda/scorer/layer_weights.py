@@ -50,13 +50,13 @@ def learn_layer_weights(store: Store, recipe: Recipe, queries: Table) -> Recipe:
             do="use dataclasses.replace(recipe, normalize='none')",
         )
     layers = layer_slices(store.manifest, recipe)
-    plain = prepare(store, replace(recipe, layer_weights=()), queries)
+    plain = prepare(store, replace(recipe, layer_weights=(), parameters="all"), queries)
     depth = max(1, round(SHARE * plain.train.num_rows))
     best = top_k(plain, depth).proponents.indices
     weights = _sharpest(_spread(plain, list(layers.values()), best))
     learned = tuple(zip(layers, weights.tolist(), strict=True))
     name = recipe.name.removesuffix(SUFFIX) + SUFFIX
-    return replace(recipe, name=name, layer_weights=learned)
+    return replace(recipe, name=name, layer_weights=learned, parameters="all")
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from tda.progress import Tick, progress_bar
 from tda.projection.sketches import rank_one
 from tda.projection.tiles import tiles
 from tda.recipe import Recipe
-from tda.recipe.requirements import checkpoint_weights
+from tda.recipe.requirements import checkpoint_weights, layer_alphas
 from tda.recipes import get_recipe
 from tda.scorer.embedding import reciprocal
 from tda.task import Task
@@ -132,8 +132,9 @@ class _Method:
         q = self.embed(gradients, tick)
         function = self.preconditioner(gradients, checkpoint, ekfac)
         out = folded = function.apply(q)
-        if recipe.layer_weights:
-            folded = {name: values * self.alpha(name) for name, values in out.items()}
+        if recipe.weighs_layers:
+            weighted = {n: self.alpha(n) for n in out if self.alpha(n) != 1}
+            folded = {**out, **{n: alpha * out[n] for n, alpha in weighted.items()}}
         if recipe.normalize in ("query", "both"):
             folded = _divided(folded, _lengths(folded, out if recipe.norm == "step" else q))
         del q, out  # each is as large as the memory allows
@@ -145,7 +146,7 @@ class _Method:
 
     def alpha(self, name: str) -> float:
         """The weight of a parameter's products."""
-        return dict(self.recipe.layer_weights).get(name, 1.0)
+        return layer_alphas(self.manifest, self.recipe).get(name, 1.0)
 
     def weights(self, slope: Tensor, gradient: str) -> Tensor:
         """w with w·∇f the wanted gradient, float64: −ℓ'(f), or 1 for a margin."""
