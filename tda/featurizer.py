@@ -8,6 +8,7 @@ that is being written).
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -21,7 +22,7 @@ from tda.batch_size import BatchSize, automatic
 from tda.curvature import kfac
 from tda.data import Batch, Dataset, collate, read
 from tda.errors import GradientError
-from tda.gradients import Audit, Consume, Dense, Factor, Gradients, shapes_of
+from tda.gradients import Audit, Consume, Convolved, Dense, Factor, Gradients, shapes_of
 from tda.gradients.rules import InseparableError
 from tda.measurements import Link
 from tda.progress import Tick, progress_bar
@@ -34,6 +35,7 @@ from tda.training.metric import Transform, Update, as_matrices, scaling
 from tda.training.optimizer import Moments
 
 _PILOT_EXAMPLES = 64
+_MANY_CHANNELS = 16  # lines of so many numbers are worth copying
 log = logging.getLogger(__name__)
 Compute = Callable[[Any, Rows], "Features"]  # (batch, rows)
 Write = Callable[[], None]
@@ -91,11 +93,13 @@ class Features:
 
 @dataclass(frozen=True)
 class Probe:
-    """What a few examples show: the hidden layer's width (None without one), and the parameters
-    whose gradient at an example is one outer product."""
+    """What a few examples show: the hidden layer's width (None without one), the parameters whose
+    gradient at an example is one outer product, and those of convolutions of many channels with
+    the size of their kernel."""
 
     hidden: int | None
     rank_one: list[str]
+    filters: dict[str, int]
 
 
 class Featurizer:
@@ -147,14 +151,18 @@ class Featurizer:
         if self._probe is not None:
             return self._probe
         names: list[str] = []
+        filters: dict[str, int] = {}
 
         def consume(name: str, factors: list[Factor]) -> None:
-            # Gradients that a metric has scaled are outer products no more.
-            if self.task.metric == "euclidean" and rank_one(factors) is not None:
+            if self.task.metric != "euclidean":
+                return  # what a metric has scaled is an outer product no more
+            if rank_one(factors) is not None:
                 names.append(name)
+            elif kernel := _many_channels(factors):
+                filters[name] = kernel
 
         _, hidden = self._sample(dataset, self.gradients.num_audited, consume)
-        self._probe = Probe(None if hidden is None else hidden.shape[1], names)
+        self._probe = Probe(None if hidden is None else hidden.shape[1], names, filters)
         return self._probe
 
     def pilot(self, dataset: Dataset) -> Pilot:
@@ -266,6 +274,15 @@ class Featurizer:
         """Γ is not linear in the gradient of the loss: ℓ'(f) must be known before the backward."""
         slope = self._link(self.gradients.output(batch), batch).slope
         return Update(self._moments, slope.float().to(self.gradients.device))
+
+
+def _many_channels(factors: list[Factor]) -> int:
+    """Size of the kernel of a convolution in one group of many channels, or 0."""
+    (first, *more) = factors
+    if more or not isinstance(first, Convolved) or first.window.groups > 1:
+        return 0
+    kernel = math.prod(first.window.kernel)
+    return kernel if kernel > 1 and first.x.shape[1] >= _MANY_CHANNELS else 0
 
 
 def filler(featurizer: Featurizer, table: Table, dataset: Dataset, batch_size: BatchSize) -> Filler:

@@ -103,9 +103,11 @@ def _open_or_create(
     if task.metric != "euclidean":
         check_projection(task.metric, projection)
     if stored is None:
-        projection = projection.resolve(shapes, featurizer.probe(data).rank_one)
+        probe = featurizer.probe(data)
+        projection = projection.resolve(shapes, probe.rank_one, probe.filters)
     else:
-        projection = projection.resolve(shapes, stored["projection"].get("rank_one", ()))
+        known = stored["projection"]
+        projection = projection.resolve(shapes, known.get("rank_one", ()), known.get("filters", {}))
     bases = None
     if projection.needs_pilot and stored is None:
         bases = featurizer.fit(projection, data, batch_size, progress)

@@ -117,8 +117,8 @@ def test_only_large_layers_with_one_position_are_sketched_as_outer_products(tmp_
 
 
 def test_a_count_sketch_wider_than_the_model_is_the_gradient_itself():
-    assert Projection("count_sketch", 100).resolve({"w": (5, 5)}, []).kind == "identity"
-    assert Projection("count_sketch", 24).resolve({"w": (5, 5)}, []).kind == "count_sketch"
+    assert Projection("count_sketch", 100).resolve({"w": (5, 5)}, [], {}).kind == "identity"
+    assert Projection("count_sketch", 24).resolve({"w": (5, 5)}, [], {}).kind == "count_sketch"
 
 
 @pytest.mark.parametrize("positions", [1, 5, 60])
@@ -155,3 +155,42 @@ def test_leading_vectors_of_a_moment_of_low_rank():
     factor[::2] = 0
     found = _leading(factor @ factor.T, 10, 0, "w")
     torch.testing.assert_close(found @ (found.T @ factor), factor, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("rank_one", [(), ("w",)], ids=["runs", "outer"])
+def test_coordinates_of_a_filter_are_counted_channel_by_channel_last(rank_one):
+    """As of the matrix whose columns are in the order (kernel, channel), whatever the form."""
+    kernel, channels = 6, 4
+    gradients = torch.randn(5, 10, channels, kernel)
+    turned = gradients.mT.flatten(2)
+    sketch = CountSketch(DIM, 3, {"w": (10, 24)}, rank_one, {"w": kernel})
+    plain = CountSketch(DIM, 3, {"w": (10, 24)}, rank_one)
+    found = sketched(sketch, Dense(gradients.flatten(2)))
+    torch.testing.assert_close(found, sketched(plain, Dense(turned)))
+
+
+def test_filters_are_remembered_and_rows_are_those_of_gradients(tmp_path):
+    """However gradients are taken: from patches, or whole by plain autograd."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(16, 4, 3, padding=1), torch.nn.ReLU(), torch.nn.Flatten(),
+        torch.nn.Linear(4 * 25, 3),
+    )  # fmt: skip
+    data = torch.randn(6, 16, 5, 5), torch.arange(6) % 3
+    task = tda.Task(model, [model.state_dict()], measurement="cross_entropy")
+    run = tda.index(task, data, tmp_path / "run", proj_dim=DIM, dtype="float32", progress=False)
+    assert run.store.manifest["projection"]["filters"] == {"0.weight": 9}
+    stored = run.store.table("train").rows(0, 0, 6)
+    shapes = {n: (len(p), p.numel() // len(p)) for n, p in model.named_parameters()}
+    spec = run.store.manifest["projection"]
+    sketch = CountSketch(DIM, 0, shapes, spec.get("rank_one", ()), spec["filters"])
+    buffer = sketch.zeros(6)
+    rows = []
+    for x, y in zip(*data, strict=True):
+        log_p = model(x[None]).log_softmax(1)[0]
+        margin = log_p[y] - torch.log1p(-log_p[y].exp())
+        rows.append(torch.autograd.grad(margin, list(model.parameters())))
+    for place, name in enumerate(shapes):
+        grads = torch.stack([row[place].reshape(shapes[name]) for row in rows])
+        sketch.add(buffer, name, [Dense(grads)])
+    torch.testing.assert_close(stored, sketch.rows(buffer), rtol=1e-3, atol=1e-4)

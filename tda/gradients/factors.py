@@ -111,13 +111,17 @@ def _norm(vector: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Window:
-    """What each output position of a convolution sees of its input; the arguments of torch's."""
+    """What each output position of a convolution sees of its input; the arguments of torch's.
+
+    channels_last: a patch is [*kernel, C], as pictures lie in memory then, not [C, *kernel].
+    """
 
     kernel: tuple[int, ...]
     stride: Any
     padding: Any
     dilation: Any
     groups: int
+    channels_last: bool = False
 
     def convolve(self, x: Tensor, kernels: Tensor) -> Tensor:
         """``[example, position, group, r]``: each group of x ``[example, C, *size]`` with every
@@ -134,7 +138,7 @@ class Window:
     def patches(self, x: Tensor) -> Tensor:
         """``[example, position, group, (C/groups)·kernel]`` of x ``[example, C, *size]``.
 
-        A view of positions next to each other, so that whole lines of x are copied.
+        Copied in lines as long as can be: of positions, or of all channels.
         """
         dims = len(self.kernel)
         stride, dilation = _each(self.stride, dims), _each(self.dilation, dims)
@@ -144,13 +148,20 @@ class Window:
         else:
             padding = 0 if self.padding == "valid" else self.padding
             pads = [(p, p) for p in _each(padding, dims)]
-        seen = F.pad(x.contiguous(), [side for pad in reversed(pads) for side in pad])
+        sides = [side for pad in reversed(pads) for side in pad]
+        first = 1 if self.channels_last else 2  # axis of x's size
+        if self.channels_last:
+            x, sides = x.movedim(1, -1), [0, 0, *sides]
+        seen = F.pad(x.contiguous(), sides)
         for axis in range(dims):
-            seen = seen.unfold(2 + axis, spans[axis] + 1, stride[axis])[..., :: dilation[axis]]
-        # [example, C, *out, *kernel]
-        order = (0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims))
-        positions = seen.shape[2 : 2 + dims].numel()
-        return seen.permute(order).reshape(len(x), self.groups, -1, positions).permute(0, 3, 1, 2)
+            seen = seen.unfold(first + axis, spans[axis] + 1, stride[axis])[..., :: dilation[axis]]
+        out, kernel = range(first, first + dims), range(2 + dims, 2 + 2 * dims)
+        num_positions = seen.shape[first : first + dims].numel()
+        if self.channels_last:
+            lines = seen.permute(0, *out, *kernel, 1 + dims)
+            return lines.reshape(len(x), num_positions, self.groups, -1)
+        lines = seen.permute(0, 1, *kernel, *out)
+        return lines.reshape(len(x), self.groups, -1, num_positions).permute(0, 3, 1, 2)
 
 
 def _each(value: Any, dims: int) -> tuple[int, ...]:
@@ -175,6 +186,10 @@ class Convolved(Outer):
     @cached_property
     def right(self) -> Tensor:
         return self.window.patches(self.x)
+
+    def channels_last(self) -> Convolved:
+        """The same of one group with columns in the order [*kernel, C]."""
+        return Convolved(self.left, self.x, replace(self.window, channels_last=True))
 
     def to(self, device: torch.device) -> Convolved:
         return Convolved(self.left.to(device), self.x.to(device), self.window)

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -61,8 +61,8 @@ class Projection:
 
     dim: numbers kept an example. seed: of all randomness. rank: rows of each side's basis, for
     two_stage. basis: "eigen" (of a pilot's second moments) or "random", for two_stage and
-    kronecker. num_fit: most training examples that an eigenbasis is fitted on. rank_one: found by
-    `resolve`, for count_sketch. Raises ConfigError.
+    kronecker. num_fit: most training examples that an eigenbasis is fitted on. rank_one, filters:
+    found by `resolve`, for count_sketch. Raises ConfigError.
     """
 
     kind: str = "count_sketch"
@@ -71,6 +71,7 @@ class Projection:
     rank: int = 64
     basis: str = "eigen"
     rank_one: Sequence[str] = ()
+    filters: Mapping[str, int] = field(default_factory=dict)
     num_fit: int = 4096
 
     def __post_init__(self) -> None:
@@ -115,16 +116,20 @@ class Projection:
             del spec["rank"]
         if self.kind == "identity":
             del spec["seed"]
-        if not self.rank_one:
-            del spec["rank_one"]
+        for found in ("rank_one", "filters"):
+            if not spec[found]:
+                del spec[found]
         return spec
 
-    def resolve(self, shapes: Shapes, rank_one: Iterable[str]) -> Projection:
+    def resolve(
+        self, shapes: Shapes, rank_one: Iterable[str], filters: Mapping[str, int]
+    ) -> Projection:
         """This projection for a model with these parameters.
 
         With ``dim`` ≥ their number there is nothing to project: identity. ``rank_one`` are those
         whose gradient at an example is an outer product: where they are large, a count sketch
-        takes the sketch of an outer product.
+        takes the sketch of an outer product. ``filters`` are those of convolutions of many
+        channels, with the size of their kernel: their patches are copied channels last.
         """
         sizes = {name: rows * columns for name, (rows, columns) in shapes.items()}
         number = sum(sizes.values())
@@ -133,7 +138,7 @@ class Projection:
         if self.kind != "count_sketch":
             return self
         large = [name for name in rank_one if sizes[name] > _WORTH_TRANSFORMING * self.dim]
-        return replace(self, rank_one=sorted(large))
+        return replace(self, rank_one=sorted(large), filters=dict(filters))
 
     def bind(self, shapes: Shapes, bases: Bases | None = None) -> Projector:
         """The projection of a model's parameters; ``bases`` (of a `Pilot`) where it needs them."""
@@ -142,7 +147,7 @@ class Projection:
         if self.kind == "rademacher":
             return Rademacher(self.dim, self.seed, shapes)
         if self.kind == "count_sketch":
-            return CountSketch(self.dim, self.seed, shapes, self.rank_one)
+            return CountSketch(self.dim, self.seed, shapes, self.rank_one, self.filters)
         if bases is None:
             raise ConfigError(f"projection {self.kind!r} needs the bases of a pilot")
         if self.kind == "eigenbasis":

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tda.gradients import Factor, Outer
+from tda.gradients import Convolved, Elementwise, Factor, Outer
 from tda.projection.tiles import (
     Shapes,
     Tile,
@@ -98,12 +98,22 @@ class CountSketch:
     """Signed sums of runs of ``dim`` coordinates, each run shifted at random.
 
     rank_one: parameters whose gradient at an example is one outer product; see `OuterSketch`.
+    filters: those of convolutions whose coordinates (output, channel, kernel) are counted in the
+    order (output, kernel, channel), by the size of their kernel.
     """
 
     layers: Sequence[tuple[str, int, int]] = ()
 
-    def __init__(self, dim: int, seed: int, shapes: Shapes, rank_one: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        dim: int,
+        seed: int,
+        shapes: Shapes,
+        rank_one: Sequence[str] = (),
+        filters: Mapping[str, int] | None = None,
+    ) -> None:
         self.dim = dim
+        self.filters = filters or {}
         self.outer = {name: OuterSketch(dim, seed, name, shapes[name]) for name in rank_one}
         sizes = {n: rows * columns for n, (rows, columns) in shapes.items() if n not in rank_one}
         self.signs = {name: random_signs(size, seed, name) for name, size in sizes.items()}
@@ -121,6 +131,8 @@ class CountSketch:
 
     def add(self, buffer: Tensor, name: str, factors: list[Factor]) -> Tensor:
         sketch = self.outer.get(name)
+        if name in self.filters:
+            factors = [_channels_last(factor, self.filters[name]) for factor in factors]
         if sketch is None:
             return _each_tile(factors, buffer, lambda some, tile: self.add_tile(some, name, tile))
         outer = rank_one(factors)
@@ -182,6 +194,12 @@ class CountSketch:
 
     def _frequencies(self, buffer: Tensor) -> Tensor:
         return torch.view_as_complex(buffer[:, 2 * self.dim :].unflatten(1, (-1, 2)))
+
+
+def _channels_last(factor: Factor, kernel: int) -> Factor:
+    if isinstance(factor, Convolved):
+        return factor.channels_last()
+    return Elementwise([factor], lambda g, *_: g.unflatten(2, (-1, kernel)).mT.flatten(2))
 
 
 def rank_one(factors: list[Factor]) -> Outer | None:
