@@ -5,7 +5,9 @@
     python jobs/reliability.py --only cut,read_only     these kinds of strike, and nothing else
 
 Hardware: two cores; 30 minutes when they are free. Some kinds need root (a disk of their own).
-Expected: no row lost or altered, no input that is neither detected nor harmless. The parts:
+Expected: no row lost or altered, no input that is neither detected nor harmless; at most one chunk
+recomputed a worker, two where the one being written is lost as well (an object that was being put,
+pages of a disk that fails). The parts:
 
     jobs/faults/kills.py      processes of one machine that index
     jobs/faults/disks.py      their disk is full, or turns read-only in mid-write

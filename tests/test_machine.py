@@ -6,6 +6,7 @@ import dataclasses
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -95,7 +96,8 @@ class Memory:
 
 
 class Machine(RuleBasedStateMachine):
-    """whole: nothing is unfinished or damaged, as far as anyone who plays fair can know."""
+    """whole: nothing is unfinished or damaged, as far as anyone who plays fair can know; killed:
+    something is unfinished, and nothing is damaged."""
 
     @initialize()
     def begin(self) -> None:
@@ -108,7 +110,7 @@ class Machine(RuleBasedStateMachine):
             self.memory.add_example()
         self.memory.add_checkpoint()
         self.manifest = b""
-        self.whole = True
+        self.whole, self.killed = True, False
         self.before: dict[Path, bytes] = {}  # what is damaged, as it was when all was whole
         self.index()
 
@@ -169,27 +171,30 @@ class Machine(RuleBasedStateMachine):
         assert len(done.computed) == len(self.memory.weights)  # its chunk, at every checkpoint
         self.manifest = (self.path / "manifest.json").read_bytes()
 
-    @rule(after=st.integers(0, 3), grow=st.booleans())
+    @rule(after=st.integers(0, 3), grow=st.booleans(), put=st.booleans())
     @precondition(lambda self: self.whole)
-    def be_killed_while_indexing(self, after: int, grow: bool) -> None:
+    def be_killed_while_indexing(self, after: int, grow: bool, put: bool) -> None:
+        """put: the last chunk is there, but not finished."""
         for _ in range(5):
             self.memory.add_example()
         if grow and len(self.memory.weights) < 3:
             self.memory.add_checkpoint()
-        write, left = Table.write, [after]
+        write, left = Table.put, [after]
 
-        def some(table: Table, *what: Any) -> None:
+        def some(table: Table, *what: Any) -> Callable[[], None]:
             left[0] -= 1
             if left[0] < 0:
                 (table.folder / f"rows{TMP}").write_bytes(b"half a file")
+                if put:
+                    write(table, *what)
                 raise KeyboardInterrupt
-            write(table, *what)
+            return write(table, *what)
 
-        with mock.patch.object(Table, "write", some):
+        with mock.patch.object(Table, "put", some):
             try:
                 self.index()
             except KeyboardInterrupt:
-                self.whole = False
+                self.whole, self.killed = False, True
         self.manifest = (self.path / "manifest.json").read_bytes()
 
     @rule(which=PLACES, where=PLACES, by=st.integers(1, 255), way=st.sampled_from(WAYS))
@@ -207,13 +212,20 @@ class Machine(RuleBasedStateMachine):
         file.write_bytes(content)
         if way == "gone":
             file.unlink()
-        self.whole = False
+        self.whole = self.killed = False
 
     @rule()
     def lose_the_cache(self) -> None:
         shutil.rmtree(self.path / "cache", ignore_errors=True)
 
     # ---- what mends it
+
+    @rule()
+    @precondition(lambda self: self.killed)
+    def be_resumed(self) -> None:
+        self.index()
+        self.whole, self.killed = True, False
+        assert self.open().verify() == []
 
     @rule()
     def be_repaired(self) -> None:
@@ -223,7 +235,7 @@ class Machine(RuleBasedStateMachine):
         for file, content in self.before.items():  # also where no answer depends on it
             assert file.read_bytes() == content, file
         self.before = {}
-        self.whole = True
+        self.whole, self.killed = True, False
         self.index()  # what was interrupted before it was planned
         assert self.open().verify() == []
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -91,15 +91,20 @@ def wire(s3: Server, url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Wire
 
 def at_chunk(monkeypatch: pytest.MonkeyPatch, number: int, do: Any) -> None:
     """Before the chunk of that number is written."""
-    write, left = Table.write, [number]
+    put, left = Table.put, [number]
 
-    def counted(self: Table, *what: Any) -> None:
-        if left[0] == 0:
-            do()
-        left[0] -= 1
-        write(self, *what)
+    def counted(self: Table, *what: Any) -> Callable[[], None]:
+        finish = put(self, *what)
 
-    monkeypatch.setattr(Table, "write", counted)
+        def then() -> None:
+            if left[0] == 0:
+                do()
+            left[0] -= 1
+            finish()
+
+        return then
+
+    monkeypatch.setattr(Table, "put", counted)
 
 
 def test_an_interruption_is_waited_for(

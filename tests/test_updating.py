@@ -187,7 +187,7 @@ def test_an_interrupted_relabelling_leaves_no_wrong_sum(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Table, "write", killed)
+        patch.setattr(Table, "put", killed)
         with pytest.raises(KeyboardInterrupt):
             relabel(run, data(80, (3,)))
     relabel(run, data(80, (3,)))
