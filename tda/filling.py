@@ -59,19 +59,19 @@ class Filling:
             self._check(*place)
         self._write(self._compute(place, tick))
 
-    def finish(self, what: str, show: bool) -> None:
-        """Every missing chunk."""
+    def finish(self, what: str, show: bool) -> list[Place]:
+        """Every missing chunk; returns those that were computed."""
         missing = self.table.missing()
         if missing and self.table.recover():  # this goes on where another stopped
             missing = self.table.missing()
         if not missing:
-            return
-        missing = sorted(missing)
+            return []
         spans = [self.table.chunk_range(chunk) for _, chunk in missing]
         with behind() as self._write:
             run(self, missing, [stop - start for start, stop in spans], what, show)
         if is_open():
-            self.table.recover()
+            self.table.recover()  # what workers left that were lost
+        return missing
 
     def _check(self, checkpoint: int, chunk: int) -> None:
         """That weights and examples found here are those the run was planned with."""

@@ -86,11 +86,10 @@ def _recompute(
     except StoreError:  # then `updated` will find that what is kept is of something else
         places = np.empty(0, np.int64)
     table = store.plan(name, examples, hidden, changed=True)
-    computed = [(name, *place) for place in table.missing()]
-    work.finish(what, progress)
+    computed = work.finish(what, progress)
     if len(places):
         put_in(folder, table, places, weigh)
-    return computed
+    return [(name, *place) for place in computed]
 
 
 def compact(path: str | Place, target: str | Place, *, progress: bool = False) -> Store:

@@ -112,9 +112,9 @@ def _table(
 ) -> None:
     data = as_dataset(dataset)
     with sole_writer(run.path):
-        table = run._plan(name, describe(data), data)
-        computed += [(name, *place) for place in table.missing()]
-        Filling(run, name, filler, data, batch_size).finish(f"repairing {name}", progress)
+        run._plan(name, describe(data), data)
+        work = Filling(run, name, filler, data, batch_size)
+        computed += [(name, *place) for place in work.finish(f"repairing {name}", progress)]
 
 
 def _bases(run: Run, dataset: Any, batch_size: BatchSize) -> None:

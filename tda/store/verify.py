@@ -29,7 +29,7 @@ _WHAT = {
     "torn": "the file has another size than when it was finished",
     "altered": "the checksum does not match",
 }
-_DELETE = "delete it, or rerun `tda index`, which overwrites what an interrupted run left"
+_DELETE = "rerun `tda index`, which finishes or removes what an interrupted run left, or delete it"
 
 
 @dataclass(frozen=True)
