@@ -108,16 +108,9 @@ def rate_share(time: float) -> float:
     return 1 - 0.9 * max(0.0, 3 * time - 2)
 
 
-LEFT_OUT = -100  # the target of an example that is passed over
-
-
 @dataclass(frozen=True, eq=False)
 class Together:
-    """``train`` of a course for `Ensemble`'s many networks at once.
-
-    For removals every network follows the batches of the whole training set; what it leaves out is
-    replaced, in its own rows, by one example more whose loss is 0.
-    """
+    """``train`` of a course for `Ensemble`'s many networks at once."""
 
     course: Course
     whole_order: bool
@@ -134,30 +127,18 @@ class Together:
         self, given: Sequence[tuple[np.ndarray, int]], steps: int | None = None
     ) -> list[nn.Module]:
         """The networks of (subset, seed) pairs, after all steps or the first few."""
-        asked = [(self._rows(subset), seed) for subset, seed in given]
-        return self._ensemble(steps or self.course.steps).many(asked)
-
-    def _rows(self, subset: np.ndarray) -> np.ndarray:
-        if not self.whole_order:
-            return subset
-        number = len(self.course.targets)
-        rows = np.full(number, number)
-        rows[subset] = subset
-        return rows
+        return self._ensemble(steps or self.course.steps).many(given)
 
     def _ensemble(self, steps: int) -> Ensemble:
         course = self.course
-        blank = torch.full_like(course.targets[:1], LEFT_OUT)
 
         def loss(outputs: Tensor, targets: Tensor) -> Tensor:
-            seen = targets != LEFT_OUT
-            losses = course.losses(_Given(outputs), outputs, targets.where(seen, 0))
-            return losses.where(seen, 0).sum() / course.batch_size
+            return course.losses(_Given(outputs), outputs, targets).mean()
 
         return Ensemble(
             model=course.network,
-            inputs=torch.cat([course.inputs, torch.zeros_like(course.inputs[:1])]),
-            targets=torch.cat([course.targets, blank]),
+            inputs=course.inputs,
+            targets=course.targets,
             steps=steps,
             batch_size=course.batch_size,
             learning_rate=course.rate,
@@ -165,6 +146,7 @@ class Together:
             weight_decay=course.weight_decay,
             loss=loss,
             group=self.group,
+            keep_order=self.whole_order,
         )
 
 
