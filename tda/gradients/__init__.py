@@ -55,7 +55,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 _MOST_AUDITED, _LEAST_AUDITED = 8, 3
-_AUDIT_FLOATS = 2**28  # gradients held for the audit: 1 GiB, but for the largest models
+_AUDIT_FLOATS = 2**24  # gradients held for the audit: 64 MiB, but for large models
 _TOLERANCE = {None: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 
 
@@ -294,23 +294,29 @@ class Gradients:
             )
 
     def _compare(self, path: str, batch: Any, num_examples: int, wanted: list[dict]) -> str:
-        """The parameter whose gradient is wrong and by how much, or an empty string."""
-        found: dict[str, Tensor] = {}
+        """A parameter whose gradient is wrong and by how much, or an empty string."""
+        audited = slice(0, len(wanted))
+        scales = [sum(float(g.float().square().sum()) for g in w.values()) ** 0.5 for w in wanted]
+        absent = set(wanted[0])
+        faults: list[str] = []
 
-        def keep(name: str, factors: list[Factor]) -> None:
-            found[name] = materialise(factors)[: len(wanted)]
-
-        self._run(path, batch, num_examples, keep)
-        tolerance = _TOLERANCE[self.autocast]
-        for index, grads in enumerate(wanted):
-            scale = sum(float(g.float().square().sum()) for g in grads.values()) ** 0.5
-            for name, grad in grads.items():
-                own = found[name][index].reshape(grad.shape) if name in found else 0.0
-                error = float((own - grad.float()).norm())
+        def check(name: str, found: Tensor | None) -> None:
+            for index, (grads, scale) in enumerate(zip(wanted, scales, strict=True)):
+                grad = grads[name].float()
+                own = 0.0 if found is None else found[index].reshape(grad.shape)
+                error, tolerance = float((own - grad).norm()), _TOLERANCE[self.autocast]
                 # NaN compares false: a non-finite gradient is the featurizer's to report.
                 if error > tolerance * max(float(grad.norm()), 1e-3 * scale):
-                    return f"{name} is not separable by example (error {error / scale:.1e})"
-        return ""
+                    faults.append(f"{name} is not separable by example (error {error / scale:.1e})")
+
+        def consume(name: str, factors: list[Factor]) -> None:
+            absent.discard(name)
+            check(name, materialise([factor.examples(audited) for factor in factors]))
+
+        self._run(path, batch, num_examples, consume)
+        for name in sorted(absent):
+            check(name, None)
+        return faults[0] if faults else ""
 
 
 @contextmanager

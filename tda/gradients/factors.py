@@ -57,6 +57,8 @@ class Outer:
     def rows(self, start: int, stop: int) -> Tensor:
         """G[start:stop] at each example, ``[example, stop-start, I]`` float32."""
         left, right = self._alike()
+        if self.is_rank_one:
+            return (left[:, 0, 0, start:stop, None] * right[:, 0, 0, None]).float()
         if left.shape[2] == 1:
             return torch.bmm(left[:, :, 0, start:stop].mT, right[:, :, 0]).float()
         whole = torch.einsum("btgo,btgi->bgoi", left, right)

@@ -140,7 +140,7 @@ class CountSketch:
             frequencies = self._frequencies(buffer)
             for span in self._spans(buffer):
                 some = Outer(outer.left[span], outer.right[span])
-                frequencies[span] += sketch.spectrum(some)
+                frequencies[span].addcmul_(*sketch.spectra(some))
             return square_norm(factors)
         return _each_tile(factors, buffer, sketch.add_tile)
 
@@ -226,11 +226,11 @@ class OuterSketch:
         runs = range(0, rows, dim)
         self.buckets = [random_permutation(dim, seed, name, f"run{first}") for first in runs]
 
-    def spectrum(self, outer: Outer) -> Tensor:
-        """Fourier transform of the sketch, ``[example, dim // 2 + 1]`` complex."""
+    def spectra(self, outer: Outer) -> tuple[Tensor, Tensor]:
+        """Fourier transforms of both sides' sketches, ``[example, dim // 2 + 1]`` complex: their
+        product is that of the sketch."""
         left, right = outer.left[:, 0, 0].float(), outer.right[:, 0, 0].float()
-        spectrum = torch.fft.rfft(self._scattered(left))
-        return spectrum.mul_(torch.fft.rfft(self._shifted(right)))
+        return torch.fft.rfft(self._scattered(left)), torch.fft.rfft(self._shifted(right))
 
     def _scattered(self, left: Tensor) -> Tensor:
         """Sketch of l by h and s, ``[example, dim]``."""
