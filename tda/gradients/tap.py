@@ -236,6 +236,13 @@ class Tap(TorchFunctionMode):
         if rule.__name__ in ("linear", "addmm", "matmul"):
             self._last_linear = call, call.args[1 if rule.__name__ == "addmm" else 0]
 
+    def release(self) -> None:
+        """Let go of the batch now: calls know the tap, and would keep it in memory for a while."""
+        self._last_linear = None
+        self._pending.clear()
+        self._derived.clear()
+        self._keep.clear()
+
     def hidden(self) -> Tensor | None:
         """``[example, feature]``: the input of the last linear layer, averaged over positions."""
         if self._last_linear is None:
@@ -318,7 +325,10 @@ def factors_of(
     """
     tap = Tap(parameters, num_examples, consume, copied)
     tap.mark(batch)
-    with torch.enable_grad(), tap:
-        output = measure(model, batch)
-    tap.backward(output)
-    return output.detach(), tap.hidden()
+    try:
+        with torch.enable_grad(), tap:
+            output = measure(model, batch)
+        tap.backward(output)
+        return output.detach(), tap.hidden()
+    finally:
+        tap.release()
