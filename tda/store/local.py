@@ -198,7 +198,6 @@ def put(folder: Path, *stages: Iterable[tuple[str, Parts | None]]) -> Callable[[
     """
     top = next(above for above in (folder, *folder.parents) if above.exists())
     lying: list[Lying] = []
-    path = folder
     try:
         for files in stages:
             lying.append({})
@@ -217,7 +216,7 @@ def put(folder: Path, *stages: Iterable[tuple[str, Parts | None]]) -> Callable[[
 
 
 def finish(top: Path, stages: Sequence[Lying]) -> None:
-    """Make files durable under their own names, stage by stage; ``top`` and its parents are.
+    """Make files durable under their own names, stage by stage, in a folder ``top`` that is so.
 
     All are flushed before the first is renamed: one journal commit serves them all. Raises
     StoreError.
