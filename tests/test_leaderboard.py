@@ -131,6 +131,15 @@ def test_a_cell_that_was_lost_is_computed_again_and_no_other(board):
     assert {file: file.stat().st_mtime_ns for file in times} == times
 
 
+def test_a_cell_without_a_store_may_be_the_first(board, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    work = leaderboard.module("digits_mlp", board).WORK
+    cell = leaderboard.cells.Cell(kind="recipe", method="influence_ekfac")
+    leaderboard.cells.compute(work, cell, truth.folder("digits_mlp", False), False)
+    with np.load(truth.folder("digits_mlp", False) / "cells" / f"{cell.name}.npz") as found:
+        assert found["scores"].shape == (4, 30)
+
+
 def test_only_what_is_between_the_markers_is_replaced():
     text = "before\n<!-- leaderboard: begin -->\nold\n<!-- leaderboard: end -->\nafter\n"
     new = tables.between_markers(text, "leaderboard", "| new |")

@@ -242,6 +242,7 @@ def compute(work: Any, cell: Cell, path: Path, quick: bool) -> None:
         **extra,
     }
     if scores is not None:
+        (path / "cells").mkdir(exist_ok=True)
         np.savez(path / "cells" / f"{cell.name}.npz", scores=np.asarray(scores, np.float32))
     write(path, cell, result)
 
