@@ -10,6 +10,7 @@ model.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -99,7 +100,7 @@ def as_dataset(data: Any) -> Dataset:
         data = data.tensors
     if isinstance(data, tuple) and all(isinstance(a, np.ndarray | torch.Tensor) for a in data):
         _same_length({f"array {i}": a for i, a in enumerate(data)})
-        dataset: Any = _Arrays([torch.as_tensor(a) for a in data])
+        dataset: Any = _Arrays([_shared(a) for a in data])
     elif isinstance(data, Mapping) and data:
         _same_length(data)
         dataset = _Rows(data)
@@ -115,6 +116,13 @@ def as_dataset(data: Any) -> Dataset:
     if len(dataset) == 0:
         raise DataError("the data set is empty", found="0 examples", wanted="at least 1")
     return dataset
+
+
+def _shared(array: Any) -> torch.Tensor:
+    """A tensor of an array's memory, such as that of a mapped file: nobody writes to it here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.as_tensor(array)
 
 
 class Picked:
@@ -179,7 +187,8 @@ def _tensor(value: Any) -> Any:
     if isinstance(value, str | bytes | torch.Tensor | Mapping):
         return value
     if isinstance(value, bool | int | float | np.ndarray | np.generic | list | tuple):
-        tensor = torch.as_tensor(np.asarray(value))
+        array = np.asarray(value)
+        tensor = torch.as_tensor(array if array.flags.writeable else array.copy())
         # A Python float is a float32 to every model; an array keeps the type it was given.
         return tensor.float() if isinstance(value, float) else tensor
     return value

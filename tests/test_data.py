@@ -117,3 +117,16 @@ def test_a_tabular_examples_numbers_ride_along_and_are_no_input(tmp_path):
 def test_rows_of_different_lengths_are_refused():
     with pytest.raises(DataError, match="rows that ride along"):
         describe([{"input": torch.zeros(2), "row": [1.0] * (1 + i)} for i in range(2)])
+
+
+def test_arrays_that_cannot_be_written_are_read_without_a_word(tmp_path):
+    """As those of a mapped file; a warning of torch's would be an error here."""
+    np.save(tmp_path / "x.npy", np.arange(12, dtype=np.float32).reshape(4, 3))
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    listed = as_dataset([(mapped[i], i % 2) for i in range(4)])
+    plain = as_dataset([(np.array(mapped[i]), i % 2) for i in range(4)])
+    assert np.array_equal(describe(listed).digests, describe(plain).digests)
+    assert np.array_equal(
+        describe(as_dataset((mapped, np.arange(4) % 2))).digests,
+        describe(as_dataset((np.array(mapped), np.arange(4) % 2))).digests,
+    )

@@ -29,20 +29,50 @@ DIM, NUM_QUERIES = 2048, 512
 
 @dataclass(frozen=True)
 class Workload:
-    """A task, and data of as many rows as one asks for; usually ``rows``, ``chunk_rows`` a time."""
+    """A task, and inputs of some shape: usually ``rows`` of them, ``chunk_rows`` at a time."""
 
     what: str
     task: Callable[[], tda.Task]
-    data: Callable[[int], Any]
+    shape: tuple[int, ...]
     rows: int
     chunk_rows: int
 
     def index(self, folder: Path, num_rows: int) -> tda.Run:
-        shutil.rmtree(folder, ignore_errors=True)
+        run = folder / self.what
+        shutil.rmtree(run, ignore_errors=True)
         return tda.index(
-            self.task(), self.data(num_rows), folder, proj_dim=DIM, chunk_rows=self.chunk_rows,
-            progress=False,
+            self.task(), self.data(folder, num_rows), run, proj_dim=DIM,
+            chunk_rows=self.chunk_rows, progress=False,
         )  # fmt: skip
+
+    def data(self, folder: Path, num_rows: int) -> InFiles:
+        """In files, as large data are: each process reads those it needs."""
+        inputs, labels = (folder / f"{self.what}-{part}.npy" for part in ("inputs", "labels"))
+        if not inputs.exists():
+            generator = np.random.default_rng(0)
+            np.save(inputs, generator.standard_normal((self.rows, *self.shape), np.float32))
+            np.save(labels, generator.integers(0, 10, self.rows))
+        return InFiles(inputs, labels, num_rows)
+
+
+@dataclass(frozen=True)
+class InFiles:
+    """The first ``count`` of the examples whose inputs and labels are in these files."""
+
+    inputs: Path
+    labels: Path
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        return mapped(self.inputs)[index], mapped(self.labels)[index]
+
+
+@cache
+def mapped(file: Path) -> np.ndarray:
+    return np.load(file, mmap_mode="r")
 
 
 @dataclass(frozen=True)
@@ -82,15 +112,8 @@ def _cnn() -> tda.Task:
     return tda.Task(cnn())
 
 
-@cache
-def _numbers(*shape: int) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs of this shape, and labels."""
-    generator = np.random.default_rng(shape[0])
-    return generator.standard_normal(shape, np.float32), generator.integers(0, 10, shape[0])
-
-
-MLP = Workload("a small network", _mlp, lambda count: _numbers(count, 64), 131_072, 1024)
-CNN = Workload("a CNN", _cnn, lambda count: _numbers(count, 3, 32, 32), 8_192, 128)
+MLP = Workload("a small network", _mlp, (64,), 131_072, 1024)
+CNN = Workload("a CNN", _cnn, (3, 32, 32), 16_384, 512)
 
 
 def measure(folder: Path, share: float, repeats: int) -> Ratios:
@@ -99,7 +122,7 @@ def measure(folder: Path, share: float, repeats: int) -> Ratios:
         places = {"here": None, "one": one, "two": two}
         indexing = [_indexing(folder, work, share, places, repeats) for work in (MLP, CNN)]
         run = tda.open(folder / MLP.what, MLP.task())
-        run.add_queries(MLP.data(NUM_QUERIES), "q")
+        run.add_queries(MLP.data(folder, NUM_QUERIES), "q")
         scored = _interleaved(_scorings(folder, run, one.client), repeats)
     return Ratios(
         repeats,
@@ -117,7 +140,7 @@ def _indexing(
     def way(place: Any) -> Callable[[], object]:
         def index() -> None:
             with nullcontext() if place is None else place.taking_work():
-                work.index(folder / work.what, rows)
+                work.index(folder, rows)
 
         return index
 

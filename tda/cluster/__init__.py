@@ -50,6 +50,7 @@ _SETTINGS = {
     "distributed.worker.memory.terminate": 0.95,
     "distributed.scheduler.allowed-failures": 9,
     "distributed.worker.multiprocessing-method": "spawn",
+    "distributed.worker.profile.enabled": False,  # a look at every thread each 10 ms
     # A score matrix travels with its queries, once a worker.
     "distributed.admin.large-graph-warning-threshold": "1GiB",
 }
