@@ -1,8 +1,7 @@
 """The featurizer: gradients → projection → rows in a store, chunk by chunk.
 
 A run is its missing chunks. `fill` computes them, each in full before it is written, so that a
-process killed at any moment loses the chunk it was at, no more (in object storage, also the one
-that is being written).
+process killed at any moment loses the chunk it was at, no more.
 """
 
 from __future__ import annotations

@@ -193,15 +193,14 @@ def put_files(
 
     Returns what finishes them: a mark from before is taken away, the files are made durable under
     their names, then the mark. content: of the mark, asked for after the last of the files. An
-    object has no unfinished name: there all is done when it is finished. Raises StoreError.
+    object has no unfinished name: there all is done at once. Raises StoreError.
     """
-    if isinstance(folder, Path):
-        finish = local.put(folder, files, ((mark, (content(),)) for _ in range(1)))
-    else:
-
-        def finish() -> None:
-            remote.write(folder, files)
-            create_file(folder / mark, content())
+    if not isinstance(folder, Path):
+        remove_file(folder / mark)
+        remote.write(folder, files)
+        create_file(folder / mark, content())
+        return lambda: None
+    finish = local.put(folder, files, ((mark, (content(),)) for _ in range(1)))
 
     def finish_all() -> None:
         remove_file(folder / mark)

@@ -214,11 +214,11 @@ class Table:
 
         rows: ``[r, proj]`` with r the examples of ``chunk_range(chunk)``; columns: ``[r]`` for each
         of loss, p, slope, curvature, grad_norm; embedding: ``[r, hidden]`` if the table has one.
-        From here on a killed process does not lose it (:meth:`recover`; in object storage: from
-        when it is finished), but nobody reads it before its mark is there, after everything else
-        is on the disk. Raises GradientError naming the example if a number is not finite (p may be
-        NaN), StoreError for a wrong shape or a failing disk: then the chunk stays unfinished and
-        everything else is untouched.
+        From here on a killed process does not lose it (:meth:`recover`), but nobody reads it before
+        its mark is there, after everything else is on the disk; in object storage both is at once.
+        Raises GradientError naming the example if a number is not finite (p may be NaN), StoreError
+        for a wrong shape or a failing disk: then the chunk stays unfinished and everything else is
+        untouched.
         """
         given = {"rows": rows, **columns}
         if embedding is not None:
