@@ -29,13 +29,17 @@ DIM, NUM_QUERIES = 2048, 512
 
 @dataclass(frozen=True)
 class Workload:
-    """A task, and inputs of some shape: usually ``rows`` of them, ``chunk_rows`` at a time."""
+    """A task, and inputs of some shape: usually ``rows`` of them, ``chunk_rows`` at a time.
+
+    in_files: as large data are, each process reads those it needs; else arrays, sent to all.
+    """
 
     what: str
     task: Callable[[], tda.Task]
     shape: tuple[int, ...]
     rows: int
     chunk_rows: int
+    in_files: bool
 
     def index(self, folder: Path, num_rows: int) -> tda.Run:
         run = folder / self.what
@@ -45,14 +49,15 @@ class Workload:
             chunk_rows=self.chunk_rows, progress=False,
         )  # fmt: skip
 
-    def data(self, folder: Path, num_rows: int) -> InFiles:
-        """In files, as large data are: each process reads those it needs."""
+    def data(self, folder: Path, num_rows: int) -> Any:
         inputs, labels = (folder / f"{self.what}-{part}.npy" for part in ("inputs", "labels"))
         if not inputs.exists():
             generator = np.random.default_rng(0)
             np.save(inputs, generator.standard_normal((self.rows, *self.shape), np.float32))
             np.save(labels, generator.integers(0, 10, self.rows))
-        return InFiles(inputs, labels, num_rows)
+        if self.in_files:
+            return InFiles(inputs, labels, num_rows)
+        return np.load(inputs)[:num_rows], np.load(labels)[:num_rows]
 
 
 @dataclass(frozen=True)
@@ -112,8 +117,8 @@ def _cnn() -> tda.Task:
     return tda.Task(cnn())
 
 
-MLP = Workload("a small network", _mlp, (64,), 131_072, 1024)
-CNN = Workload("a CNN", _cnn, (3, 32, 32), 16_384, 512)
+MLP = Workload("a small network", _mlp, (64,), 131_072, 1024, in_files=False)
+CNN = Workload("a CNN", _cnn, (3, 32, 32), 16_384, 512, in_files=True)
 
 
 def measure(folder: Path, share: float, repeats: int) -> Ratios:
