@@ -94,15 +94,10 @@ def at_chunk(monkeypatch: pytest.MonkeyPatch, number: int, do: Any) -> None:
     put, left = Table.put, [number]
 
     def counted(self: Table, *what: Any) -> Callable[[], None]:
-        finish = put(self, *what)
-
-        def then() -> None:
-            if left[0] == 0:
-                do()
-            left[0] -= 1
-            finish()
-
-        return then
+        if left[0] == 0:
+            do()
+        left[0] -= 1
+        return put(self, *what)
 
     monkeypatch.setattr(Table, "put", counted)
 
