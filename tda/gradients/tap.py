@@ -118,7 +118,6 @@ class Tap(TorchFunctionMode):
         for name, pending in self._pending.items():
             if pending.factors:  # a call whose output does not reach the measurement
                 self.consume(name, pending.factors)
-        self._pending.clear()
 
     def __torch_function__(
         self, function: Any, types: Iterable, args: tuple = (), kwargs: dict | None = None

@@ -139,8 +139,7 @@ class CountSketch:
         if outer is not None:
             frequencies = self._frequencies(buffer)
             for span in self._spans(buffer):
-                some = Outer(outer.left[span], outer.right[span])
-                frequencies[span].addcmul_(*sketch.spectra(some))
+                frequencies[span].addcmul_(*sketch.spectra(outer.examples(span)))
             return square_norm(factors)
         return _each_tile(factors, buffer, sketch.add_tile)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -133,7 +134,7 @@ class _Method:
         function = self.preconditioner(gradients, checkpoint, ekfac)
         out = folded = function.apply(q)
         if recipe.weighs_layers:
-            weighted = {n: self.alpha(n) for n in out if self.alpha(n) != 1}
+            weighted = {n: a for n, a in self.alphas.items() if n in out and a != 1}
             folded = {**out, **{n: alpha * out[n] for n, alpha in weighted.items()}}
         if recipe.normalize in ("query", "both"):
             folded = _divided(folded, _lengths(folded, out if recipe.norm == "step" else q))
@@ -144,9 +145,10 @@ class _Method:
             weights = weights * reciprocal(norms * weights.abs())
         return kernel.double().numpy(), weights.numpy()
 
-    def alpha(self, name: str) -> float:
-        """The weight of a parameter's products."""
-        return layer_alphas(self.manifest, self.recipe).get(name, 1.0)
+    @cached_property
+    def alphas(self) -> dict[str, float]:
+        """The weights of parameters' products; 1 for those not named."""
+        return layer_alphas(self.manifest, self.recipe)
 
     def weights(self, slope: Tensor, gradient: str) -> Tensor:
         """w with w·∇f the wanted gradient, float64: −ℓ'(f), or 1 for a margin."""
@@ -209,7 +211,7 @@ class _Method:
                     part.add_(contract(folded[name], factor))
                 if normalize:
                     own = function.squares(name, factors, self.recipe.norm == "step")
-                    square.add_(own, alpha=self.alpha(name))
+                    square.add_(own, alpha=self.alphas.get(name, 1.0))
 
             link = self.link(gradients(batch, size, consume)[0], batch)
             _check(link.loss, part.sum(0), first)
