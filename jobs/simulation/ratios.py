@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 import zarr
 
 import tda
-from benchmarks.workloads import cnn
+from benchmarks.workloads import GPT, cnn
 from tda import scorer
 from tda.cluster import Cluster
 from tda.scorer import ScoreMatrix
@@ -29,14 +29,15 @@ DIM, NUM_QUERIES = 2048, 512
 
 @dataclass(frozen=True)
 class Workload:
-    """A task, and inputs of some shape: usually ``rows`` of them, ``chunk_rows`` at a time.
+    """A task and its data: usually ``rows`` examples, ``chunk_rows`` at a time.
 
-    in_files: as large data are, each process reads those it needs; else arrays, sent to all.
+    arrays: those of so many examples, by name. in_files: as large data are, each process reads
+    those it needs; else they are sent to all.
     """
 
     what: str
     task: Callable[[], tda.Task]
-    shape: tuple[int, ...]
+    arrays: Callable[[int], dict[str, np.ndarray]]
     rows: int
     chunk_rows: int
     in_files: bool
@@ -50,29 +51,29 @@ class Workload:
         )  # fmt: skip
 
     def data(self, folder: Path, num_rows: int) -> Any:
-        inputs, labels = (folder / f"{self.what}-{part}.npy" for part in ("inputs", "labels"))
-        if not inputs.exists():
-            generator = np.random.default_rng(0)
-            np.save(inputs, generator.standard_normal((self.rows, *self.shape), np.float32))
-            np.save(labels, generator.integers(0, 10, self.rows))
+        place = folder / f"{self.what}-data"
+        if not place.exists():
+            place.mkdir()
+            for name, values in self.arrays(self.rows).items():
+                np.save(place / f"{name}.npy", values)
+        files = {file.stem: file for file in sorted(place.glob("*.npy"))}
         if self.in_files:
-            return InFiles(inputs, labels, num_rows)
-        return np.load(inputs)[:num_rows], np.load(labels)[:num_rows]
+            return InFiles(files, num_rows)
+        return {name: np.load(file)[:num_rows] for name, file in files.items()}
 
 
 @dataclass(frozen=True)
 class InFiles:
-    """The first ``count`` of the examples whose inputs and labels are in these files."""
+    """The first ``count`` of the examples whose values are in these files, by name."""
 
-    inputs: Path
-    labels: Path
+    files: dict[str, Path]
     count: int
 
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index: int) -> tuple[Any, Any]:
-        return mapped(self.inputs)[index], mapped(self.labels)[index]
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {name: mapped(file)[index] for name, file in self.files.items()}
 
 
 @cache
@@ -117,17 +118,36 @@ def _cnn() -> tda.Task:
     return tda.Task(cnn())
 
 
-MLP = Workload("a small network", _mlp, (64,), 131_072, 1024, in_files=False)
-CNN = Workload("a CNN", _cnn, (3, 32, 32), 16_384, 512, in_files=True)
+def _gpt() -> tda.Task:
+    torch.manual_seed(0)
+    return tda.Task(GPT(), measurement="causal_lm")
+
+
+def _labelled(shape: tuple[int, ...], count: int) -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(0)
+    inputs = generator.standard_normal((count, *shape), np.float32)
+    return {"input": inputs, "target": generator.integers(0, 10, count)}
+
+
+def _texts(count: int) -> dict[str, np.ndarray]:
+    return {"input_ids": np.random.default_rng(0).integers(0, 1024, (count, 128))}
+
+
+SMALL = Workload("a small network", _mlp, partial(_labelled, (64,)), 131_072, 1024, in_files=False)
+WORKLOADS = (
+    SMALL,
+    Workload("a CNN", _cnn, partial(_labelled, (3, 32, 32)), 16_384, 512, in_files=True),
+    Workload("a GPT of 4 × 256", _gpt, _texts, 3_072, 128, in_files=True),
+)
 
 
 def measure(folder: Path, share: float, repeats: int) -> Ratios:
     """``share`` of the usual rows."""
     with Cluster(workers=1).started() as one, Cluster(workers=2).started() as two:
         places = {"here": None, "one": one, "two": two}
-        indexing = [_indexing(folder, work, share, places, repeats) for work in (MLP, CNN)]
-        run = tda.open(folder / MLP.what, MLP.task())
-        run.add_queries(MLP.data(folder, NUM_QUERIES), "q")
+        indexing = [_indexing(folder, work, share, places, repeats) for work in WORKLOADS]
+        run = tda.open(folder / SMALL.what, SMALL.task())
+        run.add_queries(SMALL.data(folder, NUM_QUERIES), "q")
         scored = _interleaved(_scorings(folder, run, one.client), repeats)
     return Ratios(
         repeats,
