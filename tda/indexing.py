@@ -106,8 +106,7 @@ def _open_or_create(
         probe = featurizer.probe(data)
         projection = projection.resolve(shapes, probe.rank_one, probe.filters)
     else:
-        known = stored["projection"]
-        projection = projection.resolve(shapes, known.get("rank_one", ()), known.get("filters", {}))
+        projection = projection.as_stored(shapes, stored["projection"])
     bases = None
     if projection.needs_pilot and stored is None:
         bases = featurizer.fit(projection, data, batch_size, progress)

@@ -8,13 +8,15 @@ from torch import Tensor
 
 import tda
 from tda.gradients import Dense, Factor, Lookup, Outer
-from tda.projection import Pilot, Projection
+from tda.projection import Pilot, Projection, _stride
 from tda.projection import tiles as tiling
 from tda.projection.kronecker import _leading
 from tda.projection.sketches import CountSketch
 
-SHAPES = [(30, 40), (100, 70), (30, 200), (5, 5)]  # sides below and above DIM
+SHAPES = [(30, 40), (100, 70), (30, 200), (7, 5)]  # sides below and above DIM
 DIM = 64
+FORMS = [{}, {"rank_one": ["w"]}, {"rank_one": ["w"], "strides": {"w": 2}}]
+by_form = pytest.mark.parametrize("form", FORMS, ids=["runs", "outer", "strided"])
 
 
 def outer(rows: int, columns: int, positions: int = 1, examples: int = 6) -> Outer:
@@ -30,28 +32,30 @@ def sketched(sketch: CountSketch, factor: Factor) -> Tensor:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dim", [DIM, 63])
-def test_the_sketch_of_an_outer_product_is_that_of_its_matrix(shape, dim):
+@pytest.mark.parametrize("strided", [False, True])
+def test_the_sketch_of_an_outer_product_is_that_of_its_matrix(shape, dim, strided):
     """By Fourier transforms of the two sides, and coordinate by coordinate."""
     factor = outer(*shape)
-    sketch = CountSketch(dim, 3, {"w": shape}, ["w"])
+    stride = _stride(dim, min(shape)) if strided else 1
+    sketch = CountSketch(dim, 3, {"w": shape}, ["w"], strides={"w": stride})
     fast = sketched(sketch, factor)
     slow = sketched(sketch, Dense(factor.rows(0, shape[0])))
     torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-4 * float(slow.abs().max()))
 
 
-@pytest.mark.parametrize("rank_one", [(), ("w",)], ids=["runs", "outer"])
+@by_form
 @pytest.mark.parametrize("shape", SHAPES)
-def test_each_coordinate_goes_to_one_bucket_with_one_sign(shape, rank_one):
+def test_each_coordinate_goes_to_one_bucket_with_one_sign(shape, form):
     """The columns of P, one unit gradient at a time: entries in {0, ±1}, one not 0."""
     num = shape[0] * shape[1]
-    sketch = CountSketch(DIM, 1, {"w": shape}, rank_one)
+    sketch = CountSketch(DIM, 1, {"w": shape}, **form)
     columns = sketched(sketch, Dense(torch.eye(num).reshape(num, *shape)))
     assert torch.equal(columns.abs().sum(1), torch.ones(num))
     assert torch.equal(columns.abs().max(1).values, torch.ones(num))
 
 
-@pytest.mark.parametrize("rank_one", [(), ("w",)], ids=["runs", "outer"])
-def test_products_are_unbiased_with_the_variance_of_a_sketch(rank_one):
+@by_form
+def test_products_are_unbiased_with_the_variance_of_a_sketch(form):
     factor, seeds = outer(30, 40), 300
     gradients = factor.rows(0, 30).flatten(1)
     exact = gradients @ gradients.T
@@ -60,7 +64,7 @@ def test_products_are_unbiased_with_the_variance_of_a_sketch(rank_one):
         [
             (rows @ rows.T - exact) / (norms[:, None] * norms)
             for seed in range(seeds)
-            for rows in [sketched(CountSketch(DIM, seed, {"w": (30, 40)}, rank_one), factor)]
+            for rows in [sketched(CountSketch(DIM, seed, {"w": (30, 40)}, **form), factor)]
         ]
     )
     apart = ~torch.eye(len(exact), dtype=torch.bool)
@@ -103,12 +107,13 @@ def test_a_lookup_is_its_dense_gradient():
 def test_only_large_layers_with_one_position_are_sketched_as_outer_products(tmp_path):
     """Found by looking at a few examples, and kept in the manifest for those who come later."""
     model = torch.nn.Sequential(
-        torch.nn.Linear(40, 50), torch.nn.ReLU(), torch.nn.Linear(50, 3), torch.nn.Flatten()
+        torch.nn.Linear(40, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3), torch.nn.Flatten()
     )
     data = (torch.randn(20, 40), torch.arange(20) % 3)
     task = tda.Task(model)
     run = tda.index(task, data, tmp_path / "run", proj_dim=32, progress=False)
     assert run.store.manifest["projection"]["rank_one"] == ["0.weight"]
+    assert run.store.manifest["projection"]["strides"] == {"0.weight": 4}
     before = run.store.table("train").rows(0, 0, 20)
     again = tda.index(task, data, tmp_path / "run", proj_dim=32, progress=False)
     name = tda.open(tmp_path / "run", task=task).add_queries(data, "same")
@@ -157,14 +162,14 @@ def test_leading_vectors_of_a_moment_of_low_rank():
     torch.testing.assert_close(found @ (found.T @ factor), factor, rtol=0, atol=1e-8)
 
 
-@pytest.mark.parametrize("rank_one", [(), ("w",)], ids=["runs", "outer"])
-def test_coordinates_of_a_filter_are_counted_channel_by_channel_last(rank_one):
+@by_form
+def test_coordinates_of_a_filter_are_counted_channel_by_channel_last(form):
     """As of the matrix whose columns are in the order (kernel, channel), whatever the form."""
     kernel, channels = 6, 4
     gradients = torch.randn(5, 10, channels, kernel)
     turned = gradients.mT.flatten(2)
-    sketch = CountSketch(DIM, 3, {"w": (10, 24)}, rank_one, {"w": kernel})
-    plain = CountSketch(DIM, 3, {"w": (10, 24)}, rank_one)
+    sketch = CountSketch(DIM, 3, {"w": (10, 24)}, filters={"w": kernel}, **form)
+    plain = CountSketch(DIM, 3, {"w": (10, 24)}, **form)
     found = sketched(sketch, Dense(gradients.flatten(2)))
     torch.testing.assert_close(found, sketched(plain, Dense(turned)))
 

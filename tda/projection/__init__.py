@@ -51,6 +51,9 @@ __all__ = [
 
 # A layer this many times larger than dim is sketched faster by three Fourier transforms.
 _WORTH_TRANSFORMING = 8
+_WORTH_STRIDING = 4
+
+_FOUND = ("rank_one", "strides", "filters")  # fields that come from looking at a few examples
 
 KINDS = ("count_sketch", "two_stage", "kronecker", "eigenbasis", "rademacher", "identity")
 
@@ -61,8 +64,8 @@ class Projection:
 
     dim: numbers kept an example. seed: of all randomness. rank: rows of each side's basis, for
     two_stage. basis: "eigen" (of a pilot's second moments) or "random", for two_stage and
-    kronecker. num_fit: most training examples that an eigenbasis is fitted on. rank_one, filters:
-    found by `resolve`, for count_sketch. Raises ConfigError.
+    kronecker. num_fit: most training examples that an eigenbasis is fitted on. rank_one, strides,
+    filters: found by `resolve`, for count_sketch. Raises ConfigError.
     """
 
     kind: str = "count_sketch"
@@ -71,6 +74,7 @@ class Projection:
     rank: int = 64
     basis: str = "eigen"
     rank_one: Sequence[str] = ()
+    strides: Mapping[str, int] = field(default_factory=dict)
     filters: Mapping[str, int] = field(default_factory=dict)
     num_fit: int = 4096
 
@@ -116,7 +120,7 @@ class Projection:
             del spec["rank"]
         if self.kind == "identity":
             del spec["seed"]
-        for found in ("rank_one", "filters"):
+        for found in _FOUND:
             if not spec[found]:
                 del spec[found]
         return spec
@@ -128,8 +132,9 @@ class Projection:
 
         With ``dim`` ≥ their number there is nothing to project: identity. ``rank_one`` are those
         whose gradient at an example is an outer product: where they are large, a count sketch
-        takes the sketch of an outer product. ``filters`` are those of convolutions of many
-        channels, with the size of their kernel: their patches are copied channels last.
+        takes the sketch of an outer product, and where one side is short, strides over it.
+        ``filters`` are those of convolutions of many channels, with the size of their kernel:
+        their patches are copied channels last.
         """
         sizes = {name: rows * columns for name, (rows, columns) in shapes.items()}
         number = sum(sizes.values())
@@ -138,7 +143,18 @@ class Projection:
         if self.kind != "count_sketch":
             return self
         large = [name for name in rank_one if sizes[name] > _WORTH_TRANSFORMING * self.dim]
-        return replace(self, rank_one=sorted(large), filters=dict(filters))
+        strides = {name: _stride(self.dim, min(shapes[name])) for name in large}
+        return replace(
+            self,
+            rank_one=sorted(large),
+            strides={name: stride for name, stride in strides.items() if stride >= _WORTH_STRIDING},
+            filters=dict(filters),
+        )
+
+    def as_stored(self, shapes: Shapes, stored: Mapping[str, Any]) -> Projection:
+        """The same, as it was resolved for the run whose manifest has ``stored``."""
+        found = {name: stored[name] for name in _FOUND if name in stored}
+        return replace(self.resolve(shapes, (), {}), **found)
 
     def bind(self, shapes: Shapes, bases: Bases | None = None) -> Projector:
         """The projection of a model's parameters; ``bases`` (of a `Pilot`) where it needs them."""
@@ -147,13 +163,20 @@ class Projection:
         if self.kind == "rademacher":
             return Rademacher(self.dim, self.seed, shapes)
         if self.kind == "count_sketch":
-            return CountSketch(self.dim, self.seed, shapes, self.rank_one, self.filters)
+            return CountSketch(
+                self.dim, self.seed, shapes, self.rank_one, self.filters, self.strides
+            )
         if bases is None:
             raise ConfigError(f"projection {self.kind!r} needs the bases of a pilot")
         if self.kind == "eigenbasis":
             return Eigenbasis(bases)
         mixed = self.dim if self.kind == "two_stage" else None
         return Kronecker(bases, mixed, self.seed)
+
+
+def _stride(dim: int, size: int) -> int:
+    """The largest divisor of ``dim`` by which ``size`` steps go round no more than once."""
+    return next((s for s in range(dim // size, 1, -1) if dim % s == 0), 1)
 
 
 class Projector(Protocol):
@@ -165,12 +188,14 @@ class Projector(Protocol):
     dim: int
     layers: Sequence[tuple[str, int, int]]
 
-    def zeros(self, num_examples: int) -> Tensor: ...
+    def zeros(self, num_examples: int) -> Any:
+        """The buffer: something with a method ``to(device)``."""
+        ...
 
-    def add(self, buffer: Tensor, name: str, factors: list[Factor]) -> Tensor:
+    def add(self, buffer: Any, name: str, factors: list[Factor]) -> Tensor:
         """Add one parameter's gradient; returns its squared norm ``[example]``."""
         ...
 
-    def rows(self, buffer: Tensor) -> Tensor:
+    def rows(self, buffer: Any) -> Tensor:
         """``[example, dim]`` float32."""
         ...

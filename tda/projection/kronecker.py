@@ -35,20 +35,20 @@ class Kronecker:
         self.dim = inner.dim
         self.layers = inner.layers
 
-    def zeros(self, num_examples: int) -> Tensor:
+    def zeros(self, num_examples: int) -> Any:
         return self.inner.zeros(num_examples)
 
-    def add(self, buffer: Tensor, name: str, factors: list[Factor]) -> Tensor:
-        left, right = (basis.to(buffer) for basis in self.bases[name])
+    def add(self, buffer: Any, name: str, factors: list[Factor]) -> Tensor:
+        left, right = (basis.to(factors[0].device) for basis in self.bases[name])
         block = total([factor.compress(left, right) for factor in factors]).flatten(1)
         if isinstance(self.inner, Identity):
             first = self.inner.offsets[name]
             buffer[:, first : first + block.shape[1]] += block
         else:
-            self.inner.add_tile(buffer, name, Tile(0, block))
+            self.inner.add_tile(buffer.runs, name, Tile(0, block))
         return square_norm(factors)
 
-    def rows(self, buffer: Tensor) -> Tensor:
+    def rows(self, buffer: Any) -> Tensor:
         return self.inner.rows(buffer)
 
 

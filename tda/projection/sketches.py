@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +15,8 @@ from tda.projection.tiles import (
     Tile,
     few_examples,
     known_square_norm,
-    random_integers,
     random_permutation,
+    random_shifts,
     random_signs,
     row_square_norm,
     square_norm,
@@ -23,7 +24,7 @@ from tda.projection.tiles import (
     total,
 )
 
-_SPAN_FLOATS = 2**18  # numbers transformed at a time: 1 MiB
+_SPAN_FLOATS = 2**17  # numbers transformed at a time: 512 KiB
 
 
 def _each_tile(
@@ -94,10 +95,25 @@ class Rademacher:
         return buffer / self.dim**0.5
 
 
+class Sums(NamedTuple):
+    """What a count sketch adds into: ``runs [example, 2 dim]``, and outer products that wait.
+
+    Twice as wide: a shifted run is added without wrapping, and wraps once, at the end. Outer
+    products are sketched all together, a few examples at a time: they stay in the cache then.
+    """
+
+    runs: Tensor
+    waiting: list[tuple[OuterSketch, Outer]]
+
+    def to(self, device: str | torch.device) -> Sums:
+        return Sums(self.runs.to(device), self.waiting)
+
+
 class CountSketch:
     """Signed sums of runs of ``dim`` coordinates, each run shifted at random.
 
-    rank_one: parameters whose gradient at an example is one outer product; see `OuterSketch`.
+    rank_one: parameters whose gradient at an example is one outer product, and strides: of the
+    shorter sides of some of them; see `OuterSketch`.
     filters: those of convolutions whose coordinates (output, channel, kernel) are counted in the
     order (output, kernel, channel), by the size of their kernel.
     """
@@ -111,37 +127,35 @@ class CountSketch:
         shapes: Shapes,
         rank_one: Sequence[str] = (),
         filters: Mapping[str, int] | None = None,
+        strides: Mapping[str, int] | None = None,
     ) -> None:
         self.dim = dim
         self.filters = filters or {}
-        self.outer = {name: OuterSketch(dim, seed, name, shapes[name]) for name in rank_one}
+        self.outer = {
+            name: OuterSketch(dim, seed, name, shapes[name], (strides or {}).get(name, 1))
+            for name in rank_one
+        }
         sizes = {n: rows * columns for n, (rows, columns) in shapes.items() if n not in rank_one}
         self.signs = {name: random_signs(size, seed, name) for name, size in sizes.items()}
-        self.shifts = {
-            name: random_integers(-(-size // dim), dim, seed, name, "shift").tolist()
-            for name, size in sizes.items()
-        }
+        self.shifts = {name: random_shifts(size, dim, seed, name) for name, size in sizes.items()}
         self._placed: dict[tuple[str, torch.device], tuple[Tensor, Tensor]] = {}
 
-    def zeros(self, num_examples: int) -> Tensor:
-        # Twice as wide: a shifted run is added without wrapping, and wraps once, at the end.
-        # Behind it, if there are outer products, what is summed in the frequency domain.
-        width = 2 * self.dim + (2 * (self.dim // 2 + 1) if self.outer else 0)
-        return torch.zeros(num_examples, width)
+    def zeros(self, num_examples: int) -> Sums:
+        return Sums(torch.zeros(num_examples, 2 * self.dim), [])
 
-    def add(self, buffer: Tensor, name: str, factors: list[Factor]) -> Tensor:
+    def add(self, buffer: Sums, name: str, factors: list[Factor]) -> Tensor:
         sketch = self.outer.get(name)
         if name in self.filters:
             factors = [_channels_last(factor, self.filters[name]) for factor in factors]
         if sketch is None:
-            return _each_tile(factors, buffer, lambda some, tile: self.add_tile(some, name, tile))
+            return _each_tile(
+                factors, buffer.runs, lambda runs, tile: self.add_tile(runs, name, tile)
+            )
         outer = rank_one(factors)
         if outer is not None:
-            frequencies = self._frequencies(buffer)
-            for span in self._spans(buffer):
-                frequencies[span].addcmul_(*sketch.spectra(outer.examples(span)))
+            buffer.waiting.append((sketch, outer))
             return square_norm(factors)
-        return _each_tile(factors, buffer, sketch.add_tile)
+        return _each_tile(factors, buffer.runs, sketch.add_tile)
 
     def add_tile(self, buffer: Tensor, name: str, tile: Tile) -> None:
         if buffer.device.type != "cpu":
@@ -178,21 +192,19 @@ class CountSketch:
             self._placed[name, device] = self.signs[name].to(device), shifts.to(device)
         return self._placed[name, device]
 
-    def rows(self, buffer: Tensor) -> Tensor:
-        rows = buffer[:, : self.dim] + buffer[:, self.dim : 2 * self.dim]
-        if self.outer:
-            frequencies = self._frequencies(buffer)
-            for span in self._spans(buffer):
-                rows[span] += torch.fft.irfft(frequencies[span], n=self.dim)
+    def rows(self, buffer: Sums) -> Tensor:
+        runs, waiting = buffer
+        rows = runs[:, : self.dim] + runs[:, self.dim :]
+        if waiting:
+            for span in self._spans(runs):
+                products = (sketch.spectrum(outer.examples(span)) for sketch, outer in waiting)
+                rows[span] += torch.fft.irfft(total(products), n=self.dim)
         return rows
 
-    def _spans(self, buffer: Tensor) -> Iterator[slice]:
+    def _spans(self, runs: Tensor) -> Iterator[slice]:
         """A few examples at a time: their transforms stay in the cache."""
-        step = max(1, _SPAN_FLOATS // self.dim) if buffer.device.type == "cpu" else len(buffer)
-        return (slice(start, start + step) for start in range(0, len(buffer), step))
-
-    def _frequencies(self, buffer: Tensor) -> Tensor:
-        return torch.view_as_complex(buffer[:, 2 * self.dim :].unflatten(1, (-1, 2)))
+        step = max(1, _SPAN_FLOATS // self.dim) if runs.device.type == "cpu" else len(runs)
+        return (slice(start, start + step) for start in range(0, len(runs), step))
 
 
 def _channels_last(factor: Factor, kernel: int) -> Factor:
@@ -214,49 +226,67 @@ class OuterSketch:
     sketch of l ⊗ r is the circular convolution of the sketches of l and of r: O(dim log dim) for
     any size of layer. h scatters each run of ``dim`` coordinates by a random permutation, g shifts
     each run at random: two coordinates collide with probability at most 1/(dim−1).
+
+    stride: where more than 1, the longer side is scattered, and the shorter one lies at every
+    ``stride``-th bucket in order: its transform is a shorter one repeated, and the probability is
+    the same.
     """
 
-    def __init__(self, dim: int, seed: int, name: str, shape: tuple[int, int]) -> None:
-        rows, self.width = shape
+    def __init__(
+        self, dim: int, seed: int, name: str, shape: tuple[int, int], stride: int = 1
+    ) -> None:
         self.dim = dim
-        self.left_signs = random_signs(rows, seed, name + "/left")
-        self.right = CountSketch(dim, seed, {name + "/right": (1, self.width)})
-        self.right_name = name + "/right"
-        runs = range(0, rows, dim)
-        self.buckets = [random_permutation(dim, seed, name, f"run{first}") for first in runs]
+        self.width = shape[1]
+        scattered = 0 if stride == 1 or shape[0] > shape[1] else 1
+        self.sides = []
+        for side, (size, role) in enumerate(zip(shape, ("/left", "/right"), strict=True)):
+            runs = range(0, size, dim)
+            if side == scattered:
+                parts = [random_permutation(dim, seed, name, f"run{first}") for first in runs]
+                places = torch.cat(parts)[:size]
+            elif stride > 1:
+                places = torch.arange(size) * stride
+            else:
+                shifts = torch.tensor(random_shifts(size, dim, seed, name + role))
+                places = (torch.arange(size) + shifts.repeat_interleave(dim)[:size]) % dim
+            signs = random_signs(size, seed, name + role)
+            self.sides.append(_Side(dim, signs, places, 1 if side == scattered else stride))
 
-    def spectra(self, outer: Outer) -> tuple[Tensor, Tensor]:
-        """Fourier transforms of both sides' sketches, ``[example, dim // 2 + 1]`` complex: their
-        product is that of the sketch."""
-        left, right = outer.left[:, 0, 0].float(), outer.right[:, 0, 0].float()
-        return torch.fft.rfft(self._scattered(left)), torch.fft.rfft(self._shifted(right))
+    def spectrum(self, outer: Outer) -> Tensor:
+        """The Fourier transform of the sketch, ``[example, dim // 2 + 1]`` complex."""
+        left, right = self.sides
+        return left.spectrum(outer.left[:, 0, 0]) * right.spectrum(outer.right[:, 0, 0])
 
-    def _scattered(self, left: Tensor) -> Tensor:
-        """Sketch of l by h and s, ``[example, dim]``."""
-        signed = left * self.left_signs.to(left)
-        parts = []
-        for part, buckets in zip(signed.split(self.dim, 1), self.buckets, strict=True):
-            place = buckets[: part.shape[1]].to(left.device).expand_as(part)
-            parts.append(left.new_zeros(len(left), self.dim).scatter_(1, place, part))
-        return total(parts)
-
-    def _shifted(self, right: Tensor) -> Tensor:
-        """Sketch of r by g and t, ``[example, dim]``."""
-        signed = right * self.right.signs[self.right_name].to(right)
-        out = right.new_zeros(len(right), self.dim)
-        parts = zip(signed.split(self.dim, 1), self.right.shifts[self.right_name], strict=True)
-        for part, shift in parts:
-            head, tail = part[:, : self.dim - shift], part[:, self.dim - shift :]
-            out.narrow(1, shift, head.shape[1]).add_(head)
-            out.narrow(1, 0, tail.shape[1]).add_(tail)
-        return out
-
-    def add_tile(self, buffer: Tensor, tile: Tile) -> None:
+    def add_tile(self, runs: Tensor, tile: Tile) -> None:
         """The same sketch of any gradient of this shape, coordinate by coordinate: slower."""
         place = torch.arange(tile.start, tile.start + tile.values.shape[1])
         row, column = place // self.width, place % self.width
-        h = torch.cat(self.buckets)[row]
-        g = column + torch.tensor(self.right.shifts[self.right_name])[column // self.dim]
-        signs = self.left_signs[row] * self.right.signs[self.right_name][column]
-        buckets = ((h + g) % self.dim).to(buffer.device)
-        buffer.index_add_(1, buckets, tile.values * signs.to(buffer))
+        left, right = self.sides
+        signs = left.signs[row] * right.signs[column]
+        buckets = (left.places[row] + right.places[column]) % self.dim
+        runs.index_add_(1, buckets.to(runs.device), tile.values * signs.to(runs))
+
+
+class _Side(NamedTuple):
+    """Coordinate j of a vector goes to ``places[j]`` – stride·j, if that is not 1 – with a sign."""
+
+    dim: int
+    signs: Tensor
+    places: Tensor
+    stride: int
+
+    def spectrum(self, vector: Tensor) -> Tensor:
+        """Of the sketch of vectors ``[example, size]``: ``[example, dim // 2 + 1]`` complex."""
+        signed = vector.float() * self.signs.to(vector.device, torch.float32)
+        if self.stride > 1:
+            once = torch.fft.fft(signed, n=self.dim // self.stride)
+            return once.repeat(1, self.stride // 2 + 1)[:, : self.dim // 2 + 1]
+        sketch = total(
+            part.new_zeros(len(part), self.dim).scatter_(1, places.expand_as(part), part)
+            for part, places in zip(
+                signed.split(self.dim, 1),
+                self.places.to(vector.device).split(self.dim),
+                strict=True,
+            )
+        )
+        return torch.fft.rfft(sketch)

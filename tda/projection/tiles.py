@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 import torch
@@ -28,6 +29,11 @@ def random_integers(count: int, below: int, seed: int, name: str, role: str) -> 
     """``count`` integers in [0, below), the same on every machine."""
     raw = _philox(seed, name, role).random_raw(count).astype(np.uint64)
     return (raw % np.uint64(below)).astype(np.int64)
+
+
+def random_shifts(size: int, dim: int, seed: int, name: str) -> list[int]:
+    """One integer in [0, dim) for each run of ``dim`` coordinates."""
+    return random_integers(-(-size // dim), dim, seed, name, "shift").tolist()
 
 
 def random_permutation(size: int, seed: int, name: str, role: str) -> Tensor:
@@ -92,11 +98,8 @@ def tiles(factors: list[Factor]) -> Iterator[Tile]:
         yield Tile(start * width, block.flatten(1))
 
 
-def total(parts: list[Tensor]) -> Tensor:
-    result = parts[0]
-    for part in parts[1:]:
-        result = result + part
-    return result
+def total(parts: Iterable[Tensor]) -> Tensor:
+    return reduce(torch.add, parts)
 
 
 def known_square_norm(factors: list[Factor]) -> Tensor | None:

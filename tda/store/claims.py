@@ -41,6 +41,7 @@ class Projection(_Claim):
     kind: str = "identity"
     seed: int = 0
     rank_one: list[str] = []
+    strides: dict[str, Count] = {}
     filters: dict[str, Count] = {}
     bases_digest: str | None = None
 
