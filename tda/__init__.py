@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         TaskError,
         TdaError,
     )
+    from tda.gradients.leading import lead
     from tda.indexing import index
     from tda.measurements import MEASUREMENTS, Measurement
     from tda.projection import Projection
@@ -51,6 +52,7 @@ _HOMES = {
     "MEASUREMENTS": "tda.measurements",
     "Projection": "tda.projection",
     "index": "tda.indexing",
+    "lead": "tda.gradients.leading",
     "open": "tda.run",
     "Run": "tda.run",
     "attribute": "tda.unprojected.streaming",
@@ -77,7 +79,7 @@ _HOMES = {
 
 __all__ = [
     "Task", "Checkpoint", "Measurement", "MEASUREMENTS", "Projection",
-    "index", "open", "Run", "Cluster", "attribute", "fit_ekfac", "EkFac",
+    "index", "open", "Run", "Cluster", "attribute", "fit_ekfac", "EkFac", "lead",
     "Recipe", "RECIPES", "TopK", "Ranking", "Training", "Recorder", "recorded",
     "TdaError", "TaskError", "DataError", "GradientError", "StoreError", "MismatchError",
     "RecipeError", "ConfigError", "ClusterError",

@@ -1,8 +1,9 @@
-"""Where the parameters of a model lie: whole and at hand, or refused with what to do.
+"""Where the parameters of a model lie: what can be worked with, and what is refused with advice.
 
 whole, one device       as it is
 whole, several devices  as accelerate's ``device_map`` or its owner has put it: it stays there
-sharded                 over processes, by FSDP or DeepSpeed's ZeRO 3: to be gathered
+sharded by FSDP2        over processes, by torch's ``fully_shard``: inside `tda.lead`, as it lies
+sharded otherwise       FSDP 1, DeepSpeed's ZeRO 3, tensor parallelism: to be gathered
 offloaded               to the CPU or a disk, brought to a device layer by layer: refused
 """
 
@@ -12,7 +13,7 @@ from torch import nn
 
 from tda.errors import TaskError
 
-_SHARDS = ("DTensor", "FlatParameter")  # by name: importing them takes a second
+FSDP2 = "FSDP2 (fully_shard)"
 GATHER = (
     "gather them with torch's get_model_state_dict(model, options=StateDictOptions("
     "full_state_dict=True, cpu_offload=True)), or of DeepSpeed with zero_to_fp32.py"
@@ -21,12 +22,29 @@ GATHER = (
 
 def sharded_by(model: nn.Module) -> str | None:
     """What has spread the parameters over processes, if anything has."""
-    for parameter in model.parameters():
-        if type(parameter).__name__ in _SHARDS:
-            return "FSDP"
-        if hasattr(parameter, "ds_id"):
-            return "DeepSpeed ZeRO 3"
+    modules, parameters = list(model.modules()), list(model.parameters())
+    # By name: importing these types takes a second.
+    if any(_is_a(module, "FullyShardedDataParallel") for module in modules):
+        return "FSDP 1 (FullyShardedDataParallel)"
+    if any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return "DeepSpeed ZeRO 3"
+    spread = {id(parameter) for parameter in parameters if type(parameter).__name__ == "DTensor"}
+    by_fsdp = {id(p) for m in modules if spread and _is_a(m, "FSDPModule") for p in m.parameters()}
+    if spread:
+        return FSDP2 if spread <= by_fsdp else "tensor parallelism"
     return None
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 has spread it over processes."""
+    return sharded_by(model) == FSDP2
+
+
+def class_of(model: nn.Module) -> type:
+    """The class of a model; of one that FSDP2 has sharded, that which it had before."""
+    kinds = type(model).__mro__
+    names = [kind.__name__ for kind in kinds]
+    return kinds[names.index("FSDPModule") + 1] if "FSDPModule" in names else kinds[0]
 
 
 def is_spread(model: nn.Module) -> bool:
@@ -41,10 +59,16 @@ def require_whole(model: nn.Module) -> None:
         raise TaskError(
             "the model's parameters are spread over processes",
             found=f"a model sharded by {by}",
-            wanted="one whose parameters are whole: each worker holds a model of its own",
-            do="give Task the model as it was before, and the weights as its checkpoint: "
+            wanted="one whose parameters are whole"
+            + ("" if by == FSDP2 else ", or sharded by torch's fully_shard (see tda.lead)"),
+            do="give the model as it was before, and the weights as its checkpoint: "
             f"{GATHER}; or index adapters (LoRA) of a model that fits",
         )
+    require_numbers(model)
+
+
+def require_numbers(model: nn.Module) -> None:
+    """Raises TaskError unless every parameter is on a device where it is computed with."""
     absent = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if absent:
         raise TaskError(
@@ -56,3 +80,7 @@ def require_whole(model: nn.Module) -> None:
             do="load the model without offloading (a device_map of devices only, no 'disk', no "
             "'cpu' beside a GPU), on a larger device, or in bfloat16",
         )
+
+
+def _is_a(module: nn.Module, name: str) -> bool:
+    return any(kind.__name__ == name for kind in type(module).__mro__)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from tda.data import Collate
 from tda.errors import TaskError
-from tda.layout import require_whole
+from tda.gradients.sharded import session_of
+from tda.layout import class_of, is_sharded, require_numbers, require_whole
 from tda.measurements import as_measurement
 from tda.training.optimizer import OptimizerState, read_state
 
@@ -160,7 +161,8 @@ class Task:
     ``(model, batch) -> loss [example]``.
     collate: from a list of examples to a batch, for data that cannot be stacked as it is.
     device: of the batches and the projection; the model goes there too, unless it is spread over
-    several devices (a `device_map`): then it stays as it lies.
+    several devices (a `device_map`) or sharded over processes (inside `tda.lead`): then it stays as
+    it lies, and of one that is sharded the device is where its shards are.
     precision: "float32" (the model's own) or "bfloat16" (autocast) for the forward and backward.
     metric: what becomes of gradients before they are projected, by the moments m, v that Adam has
     at each checkpoint (each needs its ``optimizer``); ⊘ divides coordinate by coordinate.
@@ -191,8 +193,15 @@ class Task:
                 found=type(model).__name__,
                 wanted="an nn.Module",
             )
-        require_whole(model)
-        given = [model.state_dict()] if checkpoints is None else checkpoints
+        sharded = is_sharded(model)
+        if sharded:
+            require_numbers(model)
+            device = str(next(model.parameters()).device)
+        else:
+            require_whole(model)
+        if checkpoints is None:
+            checkpoints = session_of(model).gather() if sharded else model.state_dict()
+        given = checkpoints
         if isinstance(given, str | Path | Mapping | Checkpoint):
             given = [given]
         if precision not in _PRECISIONS:
@@ -211,6 +220,14 @@ class Task:
         if metric != "euclidean":
             self._require_optimizers()
 
+    def __getstate__(self) -> dict[str, Any]:
+        if is_sharded(self.model):
+            raise TaskError(
+                "a model that is sharded does not leave the processes it lies on",
+                do="leave `workers` and clusters out: these processes share its passes as it is",
+            )
+        return vars(self)
+
     @property
     def autocast(self) -> torch.dtype | None:
         """The dtype of the forward and backward pass, None for the model's own."""
@@ -224,7 +241,7 @@ class Task:
         return {
             **({} if self.metric == "euclidean" else {"metric": self.metric}),
             "model": {
-                "class": type(self.model).__name__,
+                "class": class_of(self.model).__name__,
                 "num_parameters": sum(
                     p.numel() for p in self.model.parameters() if p.requires_grad
                 ),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,13 +27,30 @@ COMMANDS = [
 def test_python_blocks_run_one_after_another(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_PORT": 0}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
     for kind, text in BLOCKS:
-        if kind == "python":
+        if kind == "python" and "torchrun" in text:  # a program by itself
+            alone: dict = {}
+            exec(compile(text, "README.md", "exec"), alone)
+            assert alone["ids"].shape == (297, 10)
+        elif kind == "python":
             exec(compile(text, "README.md", "exec"), names)
     assert names["scores"].shape == (297, 1500)
     assert len(names["suspects"]) == 20
     assert names["estimate"].low <= names["estimate"].value <= names["estimate"].high
     assert capsys.readouterr().out.count("[") >= 2  # the ids and the scores were printed
+
+
+@pytest.mark.slow
+def test_the_program_for_torchrun_runs_in_two_processes(tmp_path):
+    text = next(text for kind, text in BLOCKS if kind == "python" and "torchrun" in text)
+    (tmp_path / "script.py").write_text(text + "print(ids is None, 0 if ids is None else len(ids))")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "script.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.split("\n")[:2]) == ["False 297", "True 0"]
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make ")])

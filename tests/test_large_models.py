@@ -76,7 +76,8 @@ def mesh(tmp_path: Path) -> Iterator[Any]:
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning", "ignore:.*:FutureWarning")
-def test_what_fsdp_sharded_is_indexed_once_it_is_gathered(tmp_path: Path, mesh: Any) -> None:
+def test_a_run_is_the_same_of_a_model_gathered_or_sharded(tmp_path: Path, mesh: Any) -> None:
+    """On one process; tests/test_sharded.py has two."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from torch.distributed.fsdp import fully_shard
 
@@ -84,8 +85,6 @@ def test_what_fsdp_sharded_is_indexed_once_it_is_gathered(tmp_path: Path, mesh: 
     sharded.load_state_dict(plain.state_dict())
     for part in (sharded.up, sharded.down, sharded):
         fully_shard(part, mesh=mesh)
-    with pytest.raises(TaskError, match="get_model_state_dict"):
-        tda.Task(sharded)
     optimizer = torch.optim.AdamW(sharded.parameters())
     with pytest.raises(TaskError, match=r"(?s)sharded by FSDP.*get_state_dict"):
         tda.Recorder(tmp_path / "recorded", sharded, optimizer, keep=1)
@@ -94,6 +93,35 @@ def test_what_fsdp_sharded_is_indexed_once_it_is_gathered(tmp_path: Path, mesh: 
     gathered = get_model_state_dict(sharded, options=options)
     run = tda.index(tda.Task(Net(), [gathered]), (X, Y), tmp_path / "run", **EXACT)
     torch.testing.assert_close(stored_products(run), products(plain))
+
+    def work() -> tuple[tda.Run, tda.Run]:
+        """Finds the same run complete; and makes it anew."""
+        paths = tmp_path / "run", tmp_path / "again"
+        first, second = (tda.index(tda.Task(sharded), (X, Y), path, **EXACT) for path in paths)
+        return first, second
+
+    done = tda.lead(sharded, work)
+    assert done is not None and done[0].featurizer().audit is None
+    torch.testing.assert_close(stored_products(done[1]), stored_products(run))
+    assert done[1].store.manifest["checkpoints"] == run.store.manifest["checkpoints"]
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning", "ignore:.*:FutureWarning")
+def test_what_is_sharded_otherwise_is_refused(mesh: Any) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    parallel = parallelize_module(Net(), mesh, {"up": ColwiseParallel()})
+    flat = FullyShardedDataParallel(Net(), device_id=torch.device("cpu"))
+    for model, by in ((parallel, "tensor parallelism"), (flat, "FSDP 1")):
+        with pytest.raises(TaskError, match=f"(?s){by}.*tda.lead.*get_model_state_dict"):
+            tda.Task(model)
+        with pytest.raises(TaskError, match=by):
+            tda.lead(model, lambda: None)
+    partly = Net()
+    fully_shard(partly.up, mesh=mesh)
+    with pytest.raises(TaskError, match=r"(?s)not sharded.*down.weight"):
+        tda.lead(partly, lambda: None)
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning", "ignore:.*:FutureWarning")

@@ -25,11 +25,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_map
 
 from tda.data import Batch, Collate, Dataset, collate, read
 from tda.errors import TaskError
 from tda.gradients import Gradients
+from tda.gradients.passes import to
+from tda.layout import require_whole
 from tda.measurements import Measurement, predict
 
 Directions = Mapping[str, Tensor]  # parameter name → [m, …] of its size: m vectors of R^P
@@ -74,8 +75,9 @@ class GaussNewton:
         """G over a data set at the weights ``gradients`` has loaded (and sees change).
 
         num_examples: of them, spread evenly over the data, make the mean; by default all. The
-        batches stay in memory.
+        batches stay in memory. Raises TaskError for a model that is sharded.
         """
+        require_whole(gradients.model)
         n = len(dataset)
         count = n if num_examples is None else num_examples
         if not 1 <= count <= n:
@@ -88,7 +90,7 @@ class GaussNewton:
         groups = [picked[i : i + batch_size] for i in range(0, count, batch_size)]
         batches = [
             (
-                _to(collate([read(dataset, i) for i in group], collate_with), gradients.device),
+                to(collate([read(dataset, i) for i in group], collate_with), gradients.device),
                 len(group),
             )
             for group in groups
@@ -173,7 +175,3 @@ def _differentiable() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
-
-
-def _to(batch: Any, device: torch.device) -> Any:
-    return tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, batch)

@@ -12,6 +12,7 @@ from tda.data import as_dataset, collate, read
 from tda.errors import DataError
 from tda.evaluate.intervals import Estimate, over
 from tda.evaluate.retrain import Measure
+from tda.layout import require_whole
 from tda.task import Task
 
 
@@ -33,6 +34,7 @@ def tail_patch(
             found=list(np.shape(proponents)),
             wanted=f"[query, k] with {len(asked)} queries",
         )
+    require_whole(task.model)
     model = copy.deepcopy(task.model).eval().to(task.device)
     model.load_state_dict(dict(task.checkpoints[-1].load()))
     weights = [p for p in model.parameters() if p.requires_grad]

@@ -4,6 +4,9 @@
     rules.py     from an operation and its output's gradient to factors
     tap.py       finds every use of a parameter, in one forward and one backward
     exact.py     vmap(vjp) and one-example loops: the fallback, and the audit's oracle
+    passes.py    these, as passes of one model under the same conditions
+    sharded.py   passes of a model that is spread over processes, told by one to the others
+    leading.py   `tda.lead`, under which that is done
 
 `Gradients` ties them together and audits itself on the first batch it sees.
 """
@@ -12,9 +15,7 @@ from __future__ import annotations
 
 import copy
 import logging
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from tda.errors import GradientError, TaskError
-from tda.gradients import exact
+from tda.gradients.exact import example_of
 from tda.gradients.factors import (
     Convolved,
     Dense,
@@ -32,12 +33,13 @@ from tda.gradients.factors import (
     Outer,
     materialise,
 )
+from tda.gradients.passes import Passes
 from tda.gradients.rules import InseparableError, matrix_shape
-from tda.gradients.tap import Consume, ModifiedError, factors_of
-from tda.layout import is_spread
+from tda.gradients.sharded import session_of
+from tda.gradients.tap import Consume, ModifiedError
+from tda.layout import is_sharded, is_spread
 from tda.malloc import keep_freed
 from tda.measurements import Measurement
-from tda.products import fast_products
 
 __all__ = [
     "Audit",
@@ -56,7 +58,7 @@ log = logging.getLogger(__name__)
 
 _MOST_AUDITED, _LEAST_AUDITED = 8, 3
 _AUDIT_FLOATS = 2**24  # gradients held for the audit: 64 MiB, but for large models
-_TOLERANCE = {None: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+_TOLERANCE = {None: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}  # of a pass in this type
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,8 @@ class Gradients:
     Dropout is off and batch norm uses its running statistics. Parameters with
     ``requires_grad=False`` are left out. ``autocast`` is the dtype of the forward and backward
     pass, or None for the model's own. The user's model is never changed. A model that is spread
-    over several devices stays so; batches go to ``device``, and factors are brought there.
+    over several devices stays so; batches go to ``device``, and factors are brought there. One that
+    is sharded over processes is used as it lies (`tda.gradients.sharded`).
     """
 
     def __init__(
@@ -102,18 +105,27 @@ class Gradients:
                 found="requires_grad=False everywhere" if list(model.parameters()) else "none",
                 wanted="at least one parameter with requires_grad=True",
             )
-        self.model = copy.deepcopy(model).eval()
-        if not is_spread(model):
-            nn.Module.to(self.model, device)  # accelerate's own `to` is still that of the original
-        self.parameters: dict[str, Tensor] = {
-            name: p for name, p in self.model.named_parameters() if name in set(trained)
-        }
+        if is_sharded(model):
+            self._passes: Passes = session_of(model).passes(measurement, autocast)
+        else:
+            own = copy.deepcopy(model).eval()
+            if not is_spread(model):
+                nn.Module.to(own, device)  # accelerate's own `to` is still that of the original
+            parameters = {n: p for n, p in own.named_parameters() if n in set(trained)}
+            own.requires_grad_(False)
+            self._passes = Passes(own, parameters, measurement, torch.device(device), autocast)
+        self.model = self._passes.model
+        self.parameters: dict[str, Tensor] = self._passes.parameters
         self.measurement = measurement
-        self.device = torch.device(device)
-        self.autocast = autocast
+        self.device = self._passes.device
         self.audited: Audit | None = None
         self._copied: frozenset[str] = frozenset()
-        self.model.requires_grad_(False)
+
+    @property
+    def _tolerance(self) -> float:
+        """Of errors that rounding makes, in the precision of the pass."""
+        kinds = {self._passes.autocast, *(p.dtype for p in self.parameters.values())}
+        return max(_TOLERANCE.get(kind, 0.0) for kind in kinds)
 
     @property
     def num_audited(self) -> int:
@@ -124,16 +136,13 @@ class Gradients:
     def load(self, weights: Mapping[str, Tensor]) -> None:
         """Take the weights of a checkpoint. Raises TaskError naming the keys that do not fit."""
         try:
-            missing, unexpected = self.model.load_state_dict(weights, strict=False)
+            missing, unexpected = self._passes.load(weights)
         except RuntimeError as error:
             raise TaskError(
                 "the checkpoint does not fit the model",
                 found=str(error).splitlines()[-1].strip(),
                 do="give the checkpoint of this model",
             ) from error
-        state = self.model.state_dict(keep_vars=True)
-        given = {id(value) for name, value in state.items() if name in weights}
-        missing = [name for name in missing if id(state[name]) not in given]  # tied: once will do
         if missing or unexpected:
             raise TaskError(
                 "the checkpoint does not fit the model",
@@ -149,23 +158,21 @@ class Gradients:
         have the gradients found here, else the exact path takes over. Raises GradientError where
         the examples of a batch are not independent.
         """
-        batch = _to(batch, self.device)
-        with _quiet(), self._precision():
-            if self.audited is None:
-                self._put_channels_last(batch)
-                self.audited = self._audit(batch, num_examples)
-                fell_back = self.audited.path != "tap"
-                log.log(logging.WARNING if fell_back else logging.INFO, "%s", self.audited)
-            return self._run(self.audited.path, batch, num_examples, self._here(consume))
+        if self.audited is None:
+            self._put_channels_last(batch)
+            self.audited = self._audit(batch, num_examples)
+            fell_back = self.audited.path != "tap"
+            log.log(logging.WARNING if fell_back else logging.INFO, "%s", self.audited)
+        return self._run(self.audited.path, batch, num_examples, self._here(consume))
 
     def _put_channels_last(self, batch: Any) -> None:
         """Pictures are convolved faster so by a processor, if the model's code can have it so."""
         filters = [p for p in self.model.parameters() if p.ndim == 4]
-        if self.device.type != "cpu" or not filters:
+        if self.device.type != "cpu" or not filters or is_sharded(self.model):
             return
         _lay_out(filters, torch.channels_last)  # activations follow the weights
         try:
-            self.apply(self._measure, batch)
+            self.output(batch)
         except RuntimeError:  # such as a view of what no longer lies in one piece
             _lay_out(filters, torch.contiguous_format)
 
@@ -177,56 +184,29 @@ class Gradients:
 
     def output(self, batch: Any) -> Tensor:
         """f ``[example]`` alone, by a forward pass without gradients."""
-        return self.apply(self._measure, batch)
+        return self._passes.apply(None, batch)
 
     def forward(self, batch: Any) -> Tensor:
         """f ``[example]``, with all that a backward pass to the weights would need."""
-        with exact.trained(self.parameters), _quiet(), self._precision():
-            return self._measure(self.model, _to(batch, self.device))
+        return self._passes.forward(batch)
 
     def apply(self, function: Callable[..., Any], batch: Any, *others: Any) -> Any:
         """``function(model, batch, *others)``, without gradients."""
-        with torch.no_grad(), _quiet(), self._precision():
-            return function(self.model, _to(batch, self.device), *others)
-
-    @contextmanager
-    def _precision(self) -> Iterator[None]:
-        with fast_products():
-            if self.autocast is None:
-                yield
-            else:
-                with torch.autocast(self.device.type, dtype=self.autocast):
-                    yield
-
-    def _measure(self, model: nn.Module, batch: Any) -> Tensor:
-        output = self.measurement.output(model, batch)
-        if not isinstance(output, Tensor) or output.ndim != 1:
-            found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise TaskError(
-                f"measurement {self.measurement.name!r} does not give one scalar an example",
-                found=found,
-                wanted="a tensor [example]",
-                do='use reduction="none" and sum or average over everything but the examples',
-            )
-        return output
+        return self._passes.apply(function, batch, *others)
 
     def _run(self, path: str, batch: Any, num_examples: int, consume: Consume):
         if path == "tap":
             return self._tap(batch, num_examples, consume)
-        function = exact.vmapped if path == "vmap" else exact.loop
-        return function(self.model, self.parameters, self._measure, batch, num_examples, consume)
+        return self._passes.exact(path, batch, num_examples, consume)
 
     def _tap(self, batch: Any, num_examples: int, consume: Consume):
         # Consumed only when the whole batch went well: a retry must not count anything twice.
         arrived: list[tuple[str, list[Factor]]] = []
         streaming = self.audited is not None
+        take = consume if streaming else lambda name, factors: arrived.append((name, factors))
         while True:
             try:
-                result = factors_of(
-                    self.model, self.parameters, self._measure, batch, num_examples,
-                    consume if streaming else lambda name, f: arrived.append((name, f)),
-                    self._copied,
-                )  # fmt: skip
+                result = self._passes.tap(batch, num_examples, self._copied, take)
                 break
             except ModifiedError as change:
                 if streaming or change.name in self._copied:
@@ -245,7 +225,7 @@ class Gradients:
         covered = used / sum(p.numel() for p in self.parameters.values())
         self._check_independence(batch, outputs)
         reason = ""
-        for path in ("tap", "vmap"):
+        for path in self._passes.paths[:-1]:
             try:
                 fault = self._compare(path, batch, num_examples, wanted)
             except (InseparableError, RuntimeError, ValueError, TypeError, AttributeError) as error:
@@ -260,13 +240,7 @@ class Gradients:
         count = min(self.num_audited, num_examples)
         try:
             pairs = [
-                exact.gradient(
-                    self.model,
-                    self.parameters,
-                    self._measure,
-                    exact.example_of(batch, index, num_examples),
-                )
-                for index in range(count)
+                self._passes.alone(example_of(batch, index, num_examples)) for index in range(count)
             ]
         except torch.OutOfMemoryError:
             raise
@@ -281,11 +255,10 @@ class Gradients:
         return torch.cat([output for output, _ in pairs]), [grads for _, grads in pairs]
 
     def _check_independence(self, batch: Any, alone: Tensor) -> None:
-        with torch.no_grad():
-            together = self._measure(self.model, batch)[: len(alone)].float()
+        together = self.output(batch)[: len(alone)].float()
         scale = float(alone.float().abs().max().clamp(min=1e-3))
         error = float((together - alone.float()).abs().max()) / scale
-        if error > 10 * _TOLERANCE[self.autocast]:  # NaN compares false
+        if error > 10 * self._tolerance:  # NaN compares false
             raise GradientError(
                 "the model mixes the examples of a batch: they have no gradients of their own",
                 found=f"an output that changes by {error:.1e} when the example is alone",
@@ -297,14 +270,14 @@ class Gradients:
         """A parameter whose gradient is wrong and by how much, or an empty string."""
         audited = slice(0, len(wanted))
         scales = [sum(float(g.float().square().sum()) for g in w.values()) ** 0.5 for w in wanted]
-        absent = set(wanted[0])
+        absent, tolerance = set(wanted[0]), self._tolerance
         faults: list[str] = []
 
         def check(name: str, found: Tensor | None) -> None:
             for index, (grads, scale) in enumerate(zip(wanted, scales, strict=True)):
                 grad = grads[name].float()
-                own = 0.0 if found is None else found[index].reshape(grad.shape)
-                error, tolerance = float((own - grad).norm()), _TOLERANCE[self.autocast]
+                own = 0.0 if found is None else found[index].reshape(grad.shape).to(grad.device)
+                error = float((own - grad).norm())
                 # NaN compares false: a non-finite gradient is the featurizer's to report.
                 if error > tolerance * max(float(grad.norm()), 1e-3 * scale):
                     faults.append(f"{name} is not separable by example (error {error / scale:.1e})")
@@ -317,19 +290,6 @@ class Gradients:
         for name in sorted(absent):
             check(name, None)
         return faults[0] if faults else ""
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without two warnings of torch's that do not concern the user.
-
-    vmap is a loop inside some operations (slow, and still exact); reentrant checkpointing finds no
-    gradients (the tap refuses it, and says what to do).
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="There is a performance drop")
-        warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")
-        yield
 
 
 def _lay_out(parameters: list[nn.Parameter], memory_format: torch.memory_format) -> None:
@@ -346,9 +306,3 @@ def _describe(batch: Any) -> str:
     if isinstance(batch, tuple | list):
         return ", ".join(map(_describe, batch))
     return type(batch).__name__
-
-
-def _to(batch: Any, device: torch.device) -> Any:
-    return torch.utils._pytree.tree_map(
-        lambda v: v.to(device) if isinstance(v, Tensor) else v, batch
-    )

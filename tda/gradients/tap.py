@@ -201,7 +201,12 @@ class Tap(TorchFunctionMode):
             wants=lambda v: isinstance(v, Tensor) and id(v) in self._derived,
         )  # fmt: skip
 
-        def hook(grad: Tensor) -> None:
+        def hook(grads: tuple[Tensor | None, ...]) -> None:
+            grad = grads[place]
+            if grad is None:
+                return
+            if any(_is_freed(self.parameters[name]) for name in names):
+                raise InseparableError(f"{names[0]} is used where another module's weights lie")
             if any(tensor._version != version for tensor, version in versions):
                 raise ModifiedError(min(names))
             with torch.no_grad(), torch._C.DisableTorchFunction():
@@ -211,7 +216,9 @@ class Tap(TorchFunctionMode):
                 for name in names:
                     self._finish(name)
 
-        result.register_hook(hook)
+        node, place = result.grad_fn, result.output_nr
+        assert node is not None
+        node.register_prehook(hook)  # after hooks of the result, which may bring weights here
         self._keep_hidden(rule, call)
         return result
 
@@ -300,6 +307,11 @@ def _is_data(tensor: Tensor) -> bool:
 
 def _set_data(tensor: Tensor) -> None:
     tensor._tda_data = True  # type: ignore[attr-defined]
+
+
+def _is_freed(parameter: Tensor) -> bool:
+    """Whether its numbers are not here now: FSDP frees them between uses."""
+    return parameter.untyped_storage().nbytes() == 0 and parameter.numel() > 0
 
 
 def _spread(result: Any) -> Any:

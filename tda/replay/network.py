@@ -11,6 +11,7 @@ from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tda.errors import TaskError
+from tda.layout import require_whole
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Pull = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -30,6 +31,7 @@ class Network:
     """
 
     def __init__(self, model: nn.Module, loss: Loss) -> None:
+        require_whole(model)
         self.model = copy.deepcopy(model)
         self.loss = loss
         trained = {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}

@@ -27,6 +27,7 @@ from tda.data import Dataset, as_dataset, batches
 from tda.errors import GradientError, RecipeError, TaskError
 from tda.gradients import Factor, Gradients, Lookup, shapes_of
 from tda.gradients.factors import materialise
+from tda.layout import is_sharded
 from tda.measurements import Link
 from tda.progress import Tick, progress_bar
 from tda.projection.sketches import rank_one
@@ -311,6 +312,11 @@ def _require(recipe: Recipe, task: Task) -> None:
             ),
             "conjugate gradients give the whole inverse, of the queries",
             "set blocks='whole', rank=None, normalize='none' or 'query'; or use EK-FAC",
+        ),
+        (
+            recipe.curvature == "gram" and is_sharded(task.model),
+            "conjugate gradients take derivatives that a model sharded over processes has not",
+            "ask for influence_ekfac; or index a run, and ask it for influence_gn",
         ),
         (
             any(name not in names for name, _ in recipe.layer_weights),

@@ -1,0 +1,447 @@
+"""A model that torch's FSDP2 has spread over processes: one leads, the others follow its passes.
+
+Every process calls `tda.lead`. Rank 0 runs the work, and alone reads data, decides and writes; each
+pass of the model that it comes to is told to the others, who take part with their share of the
+weights and drop what comes out. So nothing but passes has to be the same everywhere.
+
+The model is used as it lies. FSDP2 gathers a module's parameters for each use into tensors that are
+always the same objects (their storage is freed in between), by which a tap knows them.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tda.cluster.delivery import pack, unpack
+from tda.errors import ClusterError, GradientError, TaskError
+from tda.gradients import exact
+from tda.gradients.factors import Factor
+from tda.gradients.passes import Function, Passes, to
+from tda.gradients.tap import Consume
+from tda.measurements import Measurement
+
+T = TypeVar("T")
+Weights = Mapping[str, Tensor]
+
+LEADER = 0
+_FOREVER = timedelta(days=365)  # followers wait while the leader reads, scores or writes
+_OPEN: list[Session] = []
+
+
+def is_open() -> bool:
+    """Whether this process leads or follows."""
+    return bool(_OPEN)
+
+
+def session_of(model: nn.Module) -> Session:
+    """What `lead` has opened for this model. Raises TaskError if nothing."""
+    if _OPEN and _OPEN[-1].model is model:
+        return _OPEN[-1]
+    raise TaskError(
+        "a model that is sharded over processes is worked with by all of them together",
+        found="another model than that of tda.lead" if _OPEN else "no tda.lead around this call",
+        wanted="every process in tda.lead(model, work), and this call in work",
+        do="def work(): … tda.index(tda.Task(model, …), …) …; tda.lead(model, work), started by "
+        "torchrun",
+    )
+
+
+class Session:
+    """A sharded model and the processes it lies on, while `tda.lead` is open.
+
+    parameters: by name and in the model's order, as tensors that are whole while they are used.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._sharded = list(model.parameters())
+        self.device = self._sharded[0].device
+        self.parameters = _gathered_objects(model)
+        self._control = dist.new_group(backend="gloo", timeout=_FOREVER)
+        self._made: list[Sharded] = []  # the same in every process
+        self._before: dict[str, Tensor] | None = None  # this process's share, once others came
+        self._loaded: Weights | None = None
+        self._in_step = True
+
+    @contextmanager
+    def open(self) -> Iterator[Session]:
+        """In eval mode inside; afterwards all is as it was."""
+        modes = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        _OPEN.append(self)
+        try:
+            yield self
+        finally:
+            _OPEN.remove(self)
+            self.restore()
+            for module, mode in modes:
+                module.training = mode
+            dist.destroy_process_group(self._control)
+
+    # The leader's side.
+
+    def passes(self, measurement: Measurement, autocast: torch.dtype | None) -> Leading:
+        """Of the model by this measurement, in every process."""
+        with self.told("make", measurement, autocast):
+            made = Leading(self, len(self._made), measurement, autocast)
+            self._made.append(made)
+        return made
+
+    def gather(self) -> Weights:
+        """The weights the model had when `lead` was called, whole, on the CPU."""
+        with self.told("gather"):
+            return self._gather()
+
+    def hold(self, weights: Weights) -> None:
+        """Have these weights in the model."""
+        if weights is not self._loaded:
+            self._loaded = None
+            with self.told("load", {}):
+                self._load(weights)
+            self._loaded = weights
+
+    @contextmanager
+    def told(self, name: str, *args: Any) -> Iterator[None]:
+        """What is done inside is done by the others as well: ``self._name(*args)``.
+
+        An error inside happens to them in the same place, and all go on from there.
+        """
+        self._tell(name, *args)
+        try:
+            yield
+        except torch.OutOfMemoryError as error:  # not at the same place in every process
+            self._in_step = False
+            raise GradientError(
+                "a device has no memory for a pass of a model that is sharded",
+                found=str(error).partition(". ")[0],
+                do="give a smaller batch_size, or spread the model over more processes; finished "
+                "chunks are kept, and the same call resumes",
+            ) from error
+        except Exception:
+            self._tell("nothing")  # raises where another process has ended
+            raise
+        except BaseException:
+            self._in_step = False
+            raise
+
+    def dismiss(self) -> None:
+        """Let the others go. Out of step they find out as this process ends."""
+        if self._in_step:
+            self._tell("leave")
+
+    def _tell(self, name: str, *args: Any) -> None:
+        if not self._in_step:
+            raise _lost("this process has left a pass half way")
+        message = pack((name, args))
+        try:
+            dist.broadcast_object_list([message], LEADER, self._control)
+            hindered = self._hindered(None)
+        except BaseException as error:
+            self._in_step = False
+            if isinstance(error, RuntimeError):
+                raise _lost(str(error).partition("\n")[0]) from error
+            raise
+        for rank, why in hindered.items():
+            raise ClusterError(f"process {rank} cannot take part", found=why)
+
+    def _hindered(self, why: str | None) -> dict[int, str]:
+        """What hinders processes, by rank; where anything does, none begins."""
+        count = torch.tensor(int(why is not None))
+        dist.all_reduce(count, group=self._control)
+        if not count:
+            return {}
+        answers: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(answers, why, self._control)
+        return {rank: answer for rank, answer in enumerate(answers) if answer is not None}
+
+    # The followers' side.
+
+    def follow(self) -> None:
+        """Serve the leader until it is done. Raises ClusterError where it is gone."""
+        with _signals_left_to_the_leader():
+            while (asked := self._hear()) != ("leave", ()):
+                name, args = asked
+                try:
+                    getattr(self, f"_{name}")(*args)
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception:  # the leader has the same, and decides
+                    continue
+
+    def _hear(self) -> tuple[str, tuple]:
+        asked: tuple[str, tuple] = "nothing", ()
+        why = None
+        try:
+            message = [b""]
+            dist.broadcast_object_list(message, LEADER, self._control)
+            try:
+                asked = unpack(message[0])
+            except ClusterError as error:
+                why = str(error)
+            return ("nothing", ()) if self._hindered(why) else asked
+        except RuntimeError as error:
+            raise _lost(str(error).partition("\n")[0]) from error
+
+    def _nothing(self) -> None:
+        pass
+
+    def _make(self, measurement: Measurement, autocast: torch.dtype | None) -> None:
+        self._made.append(Sharded(self, measurement, autocast))
+
+    def _pass(self, number: int, name: str, args: tuple) -> None:
+        getattr(self._made[number], name)(*args)
+
+    # What every process does.
+
+    def _gather(self) -> Weights:
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        self.restore()
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        return get_model_state_dict(self.model, options=options)  # type: ignore[return-value]
+
+    def _load(self, weights: Weights) -> None:
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+        if self._before is None:
+            self._before = {n: v.cpu().clone() for n, v in _shares(self.model).items()}
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_model_state_dict(self.model, dict(weights), options=options)
+
+    def restore(self) -> None:
+        """The weights as they were before any were loaded; on each process by itself."""
+        if self._before is not None:
+            for name, value in _shares(self.model).items():
+                value.copy_(self._before[name])
+        self._loaded = self._before = None
+
+    @contextmanager
+    def using(self, frozen: bool) -> Iterator[None]:
+        """A pass; frozen: in which no parameter requires a gradient."""
+        required = [parameter.requires_grad for parameter in self._sharded]
+        try:
+            if frozen:
+                for parameter in self._sharded:
+                    parameter.requires_grad_(False)  # FSDP2 has the whole ones require the same
+            yield
+        finally:
+            for parameter, before in zip(self._sharded, required, strict=True):
+                parameter.requires_grad_(before)
+            self.model.reset_iter_state()  # type: ignore[operator]  # an FSDPModule
+
+
+class Sharded(Passes):
+    """Passes of a sharded model, by each of its processes at the same time."""
+
+    paths = ("tap", "loop")  # vmap has no place for a parameter that comes and goes
+
+    def __init__(
+        self, session: Session, measurement: Measurement, autocast: torch.dtype | None
+    ) -> None:
+        trained = {n for n, p in session.model.named_parameters() if p.requires_grad}
+        parameters = {n: p for n, p in session.parameters.items() if n in trained}
+        super().__init__(session.model, parameters, measurement, session.device, autocast)
+        self._session = session
+        self._frozen = False
+
+    def tap(self, batch: Any, num_examples: int, copied: frozenset[str], consume: Consume):
+        self._frozen = True
+        try:
+            return super().tap(batch, num_examples, copied, consume)
+        finally:
+            self._frozen = False
+
+    def alone(self, example: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """∇f comes to the CPU parameter by parameter: whole it might not fit the device."""
+        grads: dict[str, Tensor] = {}
+
+        def take(name: str, parameter: Tensor) -> None:
+            if dist.get_rank() == LEADER and parameter.grad is not None:
+                grads[name] = parameter.grad.cpu()
+            parameter.grad = None
+
+        with self._conditions(), exact.trained(self.parameters):
+            hooks = [
+                p.register_post_accumulate_grad_hook(partial(take, name))
+                for name, p in self.parameters.items()
+            ]
+            try:
+                output = self._measure(self.model, to(example, self.device))
+                if output.requires_grad:
+                    output.sum().backward()
+            finally:
+                for hook in hooks:
+                    hook.remove()
+        for name, p in self.parameters.items():
+            if name not in grads:
+                grads[name] = torch.zeros(p.shape, dtype=p.dtype)
+        return output.detach(), {name: grads[name] for name in self.parameters}
+
+    @contextmanager
+    def _conditions(self) -> Iterator[None]:
+        with self._session.using(self._frozen), super()._conditions():
+            yield
+
+
+class Leading(Sharded):
+    """The same by rank 0: told to the others, and done with them."""
+
+    def __init__(
+        self,
+        session: Session,
+        number: int,
+        measurement: Measurement,
+        autocast: torch.dtype | None,
+    ) -> None:
+        super().__init__(session, measurement, autocast)
+        self._number = number
+        self._weights: Weights | None = None
+
+    def load(self, weights: Weights) -> tuple[list[str], list[str]]:
+        whole, missing, unexpected = _fitted(self.model, weights)
+        if not (missing or unexpected):
+            self._weights = whole
+            self._session.hold(whole)
+        return missing, unexpected
+
+    def tap(self, batch: Any, num_examples: int, copied: frozenset[str], consume: Consume):
+        held = _Held(consume)
+        with self._told("tap", batch, num_examples, copied, _drop):
+            result = super().tap(batch, num_examples, copied, held)
+        return held.given(result)
+
+    def exact(self, path: str, batch: Any, num_examples: int, consume: Consume):
+        held = _Held(consume)
+        with self._told("exact", path, batch, num_examples, _drop):
+            result = super().exact(path, batch, num_examples, held)
+        return held.given(result)
+
+    def alone(self, example: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        with self._told("alone", example):
+            return super().alone(example)
+
+    def forward(self, batch: Any) -> Tensor:
+        with self._told("forward", batch):
+            return super().forward(batch)
+
+    def apply(self, function: Function | None, batch: Any, *others: Any) -> Any:
+        with self._told("apply", function, batch, *others):
+            return super().apply(function, batch, *others)
+
+    @contextmanager
+    def _told(self, name: str, *args: Any) -> Iterator[None]:
+        if self._weights is not None:
+            self._session.hold(self._weights)  # others share the model, and may have loaded theirs
+        with self._session.told("pass", self._number, name, args):
+            yield
+
+
+class _Held:
+    """Keeps what ``consume`` raises until the pass, which others take part in, is over."""
+
+    def __init__(self, consume: Consume) -> None:
+        self._consume = consume
+        self._error: Exception | None = None
+
+    def __call__(self, name: str, factors: list[Factor]) -> None:
+        if self._error is None:
+            try:
+                self._consume(name, factors)
+            except Exception as error:
+                self._error = error
+
+    def given(self, result: T) -> T:
+        """The pass's result. Raises what was kept."""
+        if self._error is not None:
+            raise self._error
+        return result
+
+
+def _drop(name: str, factors: list[Factor]) -> None:
+    """What a follower does with factors."""
+
+
+def _gathered_objects(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors that FSDP2 gathers parameters into; made when first used, a module at a time."""
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    fully_shard.state(model)._lazy_init()  # type: ignore[attr-defined]  # else the first pass does
+    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in modules:
+        module.reshard()
+    sharded = {name: id(parameter) for name, parameter in model.named_parameters()}
+    whole: dict[str, Tensor] = {}
+    for module in modules:
+        module.unshard()
+        whole |= {n: p for n, p in model.named_parameters() if id(p) != sharded[n]}
+        module.reshard()
+    parallel = [name for name, tensor in whole.items() if type(tensor).__name__ == "DTensor"]
+    if parallel or set(whole) != set(sharded):
+        raise TaskError(
+            "the model is sharded by more than FSDP2",
+            where=next(iter(parallel or set(sharded) - set(whole))),
+            found="a parameter that stays spread while it is used (tensor parallelism)",
+            wanted="fully_shard alone",
+            do="shard the model by fully_shard over all processes",
+        )
+    return {name: whole[name] for name in sharded}
+
+
+def _shares(model: nn.Module) -> dict[str, Tensor]:
+    """What this process holds of a state dict; writing to it changes the model."""
+    state = {n: v for n, v in model.state_dict().items() if isinstance(v, Tensor)}
+    return {n: getattr(v, "to_local", lambda v=v: v)() for n, v in state.items()}
+
+
+def _fitted(model: nn.Module, weights: Weights) -> tuple[Weights, list[str], list[str]]:
+    """The weights with every name of a tied parameter; names that miss, and that are unknown.
+
+    Raises RuntimeError naming a parameter of another shape.
+    """
+    state = model.state_dict(keep_vars=True)
+    given = {id(state[name]): weights[name] for name in weights if name in state}
+    twins = {n: given[id(v)] for n, v in state.items() if n not in weights and id(v) in given}
+    for name, value in weights.items():
+        if name in state and state[name].shape != value.shape:
+            raise RuntimeError(
+                f"size mismatch for {name}: {list(value.shape)}, in the model "
+                f"{list(state[name].shape)}"
+            )
+    missing = [name for name in state if name not in weights and name not in twins]
+    return (
+        {**weights, **twins} if twins else weights,
+        missing,
+        [n for n in weights if n not in state],
+    )
+
+
+@contextmanager
+def _signals_left_to_the_leader() -> Iterator[None]:
+    """All processes are asked to stop; the leader ends the piece at hand before it does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _lost(found: str) -> ClusterError:
+    return ClusterError(
+        "the processes of a sharded model have lost each other",
+        found=found,
+        do="look at what the other processes said; started again, the same program resumes",
+    )
