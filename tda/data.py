@@ -307,12 +307,14 @@ def _ids(given: list[Any] | None, digests: np.ndarray) -> np.ndarray:
         return np.array(ids, dtype=np.str_)
     text = digests.tobytes().hex().encode()
     names = np.frombuffer(text, f"S{2 * _DIGEST_BYTES}").astype(np.str_)
+    if len(set(names.tolist())) == len(names):
+        return names
     again: Counter[str] = Counter()
     distinct = []
     for name in names.tolist():
         distinct.append(f"{name}.{again[name]}" if again[name] else name)
         again[name] += 1
-    return names if len(again) == len(names) else np.array(distinct, dtype=np.str_)
+    return np.array(distinct, dtype=np.str_)
 
 
 def _column(name: str, values: list[Any]) -> np.ndarray:

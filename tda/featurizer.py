@@ -46,7 +46,8 @@ class Features:
     """What a store keeps of a batch at one checkpoint.
 
     rows: ``[example, proj]``; columns: loss, p, slope, curvature, grad_norm, each ``[example]``;
-    embedding: ``[example, hidden]``, of width 0 where there is none. All float32.
+    embedding: ``[example, hidden]``, of width 0 where there is none. All float32, but rows and
+    embeddings that are collected for a chunk may be bfloat16.
     """
 
     rows: Tensor
@@ -62,12 +63,12 @@ class Features:
             torch.cat([p.embedding for p in parts]),
         )
 
-    def room(self, count: int) -> Features:
-        """Features like these of ``count`` examples, still to be put in."""
+    def room(self, count: int, dtype: torch.dtype) -> Features:
+        """Features like these of ``count`` examples, still to be put in; dtype: of the rows."""
         return Features(
-            self.rows.new_empty(count, self.rows.shape[1]),
+            self.rows.new_empty(count, self.rows.shape[1], dtype=dtype),
             {name: values.new_empty(count) for name, values in self.columns.items()},
-            self.embedding.new_empty(count, self.embedding.shape[1]),
+            self.embedding.new_empty(count, self.embedding.shape[1], dtype=torch.bfloat16),
         )
 
     def put(self, places: Rows, part: Features) -> None:
@@ -310,18 +311,19 @@ def fill(
     featurizer.at(checkpoint)
     start, stop = table.chunk_range(chunk)
     done: Features | None = None
+    rounded = torch.bfloat16 if table.dtype == "bfloat16" else torch.float32  # int8 sees whole rows
     size, collate_with = featurizer.batch_size(batch_size, dataset), featurizer.task.collate
     for rows, batch in ahead(reading(dataset, start, stop, size, collate_with)):
         features = _features(featurizer, table, dataset, batch, rows, compute)
         _check_finite(features, table, rows, checkpoint)
         features = features.with_embedding(table.hidden or 0)
-        done = done or features.room(stop - start)
+        done = done or features.room(stop - start, rounded)
         done.put(rows - start, features)
         tick(len(rows))
     assert done is not None, "a chunk has examples"
     columns = {name: values.numpy() for name, values in done.columns.items()}
-    embedding = done.embedding.numpy() if table.hidden else None
-    return table.put(checkpoint, chunk, done.rows.numpy(), columns, embedding)
+    embedding = done.embedding if table.hidden else None
+    return table.put(checkpoint, chunk, done.rows, columns, embedding)
 
 
 def _features(

@@ -81,9 +81,14 @@ class Outer:
     def compress(self, left_basis: Tensor, right_basis: Tensor) -> Tensor:
         """``[example, m, r]`` from bases ``[m, O]`` and ``[r, I]``."""
         kind = self._kind
-        basis = left_basis.to(kind).reshape(-1, *self.left.shape[2:])
+        left_basis, right_basis = left_basis.to(kind), right_basis.to(kind)
+        if self.is_rank_one:  # outer products one by one are slow by bmm
+            turned = self.left[:, 0, 0].to(kind) @ left_basis.T
+            seen = self.right[:, 0, 0].to(kind) @ right_basis.T
+            return turned.float()[:, :, None] * seen.float()[:, None]
+        basis = left_basis.reshape(-1, *self.left.shape[2:])
         turned = torch.einsum("mgo,btgo->btgm", basis, self.left.to(kind)).flatten(1, 2)
-        return torch.bmm(turned.mT, self.right_in(right_basis.to(kind)).flatten(1, 2)).float()
+        return torch.bmm(turned.mT, self.right_in(right_basis).flatten(1, 2)).float()
 
     def right_in(self, basis: Tensor) -> Tensor:
         """The right side's coordinates ``[example, position, group, r]`` in a basis ``[r, I]``."""
@@ -290,7 +295,8 @@ class Dense:
 
     def compress(self, left_basis: Tensor, right_basis: Tensor) -> Tensor:
         # One large product a side: broadcasting ``@`` would make one an example.
-        return torch.einsum("boi,mo,ri->bmr", self.grad.float(), left_basis, right_basis)
+        turned = torch.tensordot(self.grad.float(), left_basis, ([1], [1]))
+        return torch.tensordot(turned, right_basis.to(turned.dtype), ([1], [1])).float()
 
     def square_norm(self) -> Tensor | None:
         return self.grad.float().square().sum((1, 2))

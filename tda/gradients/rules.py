@@ -75,7 +75,8 @@ def _outer(left: Tensor, right: Tensor) -> Outer:
 
 def _vector(grad: Tensor) -> Dense:
     """A vector parameter, gradient ``[example, position, O]`` summed over positions."""
-    return Dense(grad.float().sum(1)[:, :, None])
+    whole = grad[:, 0].float() if grad.shape[1] == 1 else grad.float().sum(1)
+    return Dense(whole[:, :, None])
 
 
 def linear(call: Call, grad: Tensor) -> Iterator[tuple[Any, Factor]]:

@@ -28,6 +28,12 @@ class Kronecker:
     def __init__(self, bases: Bases, mixed_dim: int | None, seed: int) -> None:
         self.bases = bases
         blocks = {name: (len(left), len(right)) for name, (left, right, *_) in bases.items()}
+        # All of a side is I, never multiplied: biases and small layers are taken as they are.
+        self.whole = {
+            name
+            for name, (left, right, *_) in bases.items()
+            if blocks[name] == (left.shape[1], right.shape[1])
+        }
         inner: Identity | CountSketch = Identity(blocks)
         if mixed_dim is not None and mixed_dim < inner.dim:
             inner = CountSketch(mixed_dim, seed, blocks)
@@ -39,6 +45,8 @@ class Kronecker:
         return self.inner.zeros(num_examples)
 
     def add(self, buffer: Any, name: str, factors: list[Factor]) -> Tensor:
+        if name in self.whole:
+            return self.inner.add(buffer, name, factors)
         left, right = (basis.to(factors[0].device) for basis in self.bases[name])
         block = total([factor.compress(left, right) for factor in factors]).flatten(1)
         if isinstance(self.inner, Identity):

@@ -20,14 +20,14 @@ DTYPES = ("bfloat16", "float32", "int8")
 _SMALLEST = 127 * torch.finfo(torch.float32).tiny
 
 
-def encode_rows(rows: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray | None]:
+def encode_rows(values: Tensor, dtype: str) -> tuple[np.ndarray, np.ndarray | None]:
     """(what is stored of float32 rows ``[r, k]``, its scale ``[r]`` if the dtype has one).
 
-    A finite number too large for bfloat16 becomes infinite; the caller refuses it.
+    Rows in bfloat16 are stored so as they are. A finite number too large for bfloat16 becomes
+    infinite; the caller refuses it.
     """
     if dtype == "float32":
-        return rows, None
-    values = torch.from_numpy(rows)
+        return values.numpy(), None
     if dtype == "bfloat16":
         return values.to(torch.bfloat16).view(torch.uint16).numpy(), None
     largest = values.abs().amax(dim=1)

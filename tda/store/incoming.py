@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from tda.errors import GradientError, StoreError
 from tda.store.arrays import COLUMNS
@@ -32,21 +34,25 @@ def encode_chunk(table: Table, chunk: int, given: Mapping[str, Any]) -> dict[str
             found=", ".join(sorted(given)),
             wanted=", ".join(sorted(wanted)),
         )
-    parts = {name: _checked(table, name, values, chunk) for name, values in given.items()}
-    parts["rows"], scale = encode_rows(parts["rows"], table.dtype)
-    if scale is not None:
-        parts["scale"] = scale
-    if "embedding" in parts:
-        parts["embedding"], _ = encode_rows(parts["embedding"], "bfloat16")
-    for name, values in parts.items():
-        if values.dtype == np.uint16:
-            _refuse(table, (values & 0x7F80) == 0x7F80, start, name, "is too large for bfloat16")
+    parts = {}
+    for name, values in given.items():
+        dtype = {"rows": table.dtype, "embedding": "bfloat16"}.get(name, "float32")
+        parts[name], scale = encode_rows(_checked(table, name, values, chunk), dtype)
+        if scale is not None:
+            parts["scale"] = scale
+        if dtype == "bfloat16":
+            stored = torch.from_numpy(parts[name]).view(torch.bfloat16)
+            if not _is_finite(stored):
+                _refuse(table, ~torch.isfinite(stored), start, name, "is too large for bfloat16")
     return parts
 
 
-def _checked(table: Table, name: str, given: Any, chunk: int) -> np.ndarray:
+def _checked(table: Table, name: str, given: Any, chunk: int) -> Tensor:
+    """Float32, or bfloat16 where it came so."""
     start, stop = table.chunk_range(chunk)
-    values = np.ascontiguousarray(given, dtype=np.float32)
+    if not isinstance(given, Tensor):
+        given = torch.from_numpy(np.require(given, np.float32, ["C", "W"]))
+    values = given.contiguous()
     shape = (stop - start, *table.specs[name].shape[2:])
     if values.shape != shape:
         raise StoreError(
@@ -55,19 +61,21 @@ def _checked(table: Table, name: str, given: Any, chunk: int) -> np.ndarray:
             found=values.shape,
             wanted=shape,
         )
-    with np.errstate(over="ignore", invalid="ignore"):
-        total = values.sum()
-    if np.isfinite(total):  # a sum over anything that is not finite is not finite
-        return values
-    bad = np.isinf(values) if name == "p" else ~np.isfinite(values)
-    _refuse(table, bad, start, name, "is not finite")
+    if values.dtype == torch.float32 and not _is_finite(values):
+        bad = values.isinf() if name == "p" else ~values.isfinite()
+        _refuse(table, bad, start, name, "is not finite")
     return values
 
 
-def _refuse(table: Table, bad: np.ndarray, start: int, name: str, what: str) -> None:
+def _is_finite(values: Tensor) -> bool:
+    """False wherever a number is not finite: no sum over it is; and where the sum is too large."""
+    return bool(torch.isfinite(values.sum()))
+
+
+def _refuse(table: Table, bad: Tensor, start: int, name: str, what: str) -> None:
     if not bad.any():
         return
-    index = start + int(np.argmax(bad.reshape(len(bad), -1).any(axis=1)))
+    index = start + int(bad.reshape(len(bad), -1).any(1).nonzero()[0])
     raise GradientError(
         f"the {_WORDS.get(name, name)} of example {str(table.column('id')[index])!r} {what}",
         where=f"{table.folder}, example {index}",

@@ -206,14 +206,15 @@ class Table:
         self,
         checkpoint: int,
         chunk: int,
-        rows: np.ndarray,
+        rows: np.ndarray | Tensor,
         columns: Mapping[str, np.ndarray],
-        embedding: np.ndarray | None = None,
+        embedding: np.ndarray | Tensor | None = None,
     ) -> Callable[[], None]:
         """Write one chunk of one checkpoint; returns what finishes it. One writer a chunk.
 
         rows: ``[r, proj]`` with r the examples of ``chunk_range(chunk)``; columns: ``[r]`` for each
         of loss, p, slope, curvature, grad_norm; embedding: ``[r, hidden]`` if the table has one.
+        All float32; what is stored in bfloat16 may come so.
         From here on a killed process does not lose it (:meth:`recover`), but nobody reads it before
         its mark is there, after everything else is on the disk; in object storage both is at once.
         Raises GradientError naming the example if a number is not finite (p may be NaN), StoreError
