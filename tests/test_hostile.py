@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
-from tda.errors import StoreError
+import tda
+from tda.errors import ConfigError, StoreError
 from tda.store import Store
+from tda.store.manifest import read_manifest, write_manifest
 
 JOBS = Path(__file__).parents[1] / "jobs"
 
@@ -35,6 +38,36 @@ def test_a_sample_of_hostile_runs_is_detected_or_harmless(hostile, tmp_path):
 @pytest.mark.parametrize("seed", range(4))
 def test_many_hostile_runs_are_detected_or_harmless(hostile, tmp_path, seed):
     check(hostile.campaign(tmp_path, 1000, seed=100 + seed))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("rank_one", ["no.weight"]),
+        ("filters", {"no.weight": 9}),
+        ("filters", {"0.weight": 7}),
+        ("filters", {"2.weight": 9}),
+    ],
+    ids=["absent", "absent filter", "another kernel", "no filter"],
+)
+def test_a_projection_of_another_models_parameters_is_refused(tmp_path, field, value):
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(16, 4, 3), torch.nn.Flatten(), torch.nn.Linear(16, 2)
+    )
+    data = torch.randn(6, 16, 4, 4), torch.arange(6) % 2
+    path, task = tmp_path / "run", tda.Task(model)
+    tda.index(task, data, path, proj_dim=32, progress=False)
+    manifest = read_manifest(path)
+    assert manifest["projection"]["filters"] == {"0.weight": 9}
+    manifest["projection"][field] = value
+    write_manifest(path, manifest)
+    for use in (
+        lambda: tda.index(task, data, path, proj_dim=32, progress=False),
+        lambda: tda.open(path, task).add_queries(data),
+    ):
+        with pytest.raises(ConfigError, match="another model") as caught:
+            use()
+        assert repr(next(iter(value))) in str(caught.value.where)
 
 
 @pytest.mark.parametrize("name", ["cache", "train", "train/rows", "train/rows/c", "evaluate"])

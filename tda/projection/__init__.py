@@ -25,7 +25,7 @@ Randomness is ``(seed, parameter name, role)`` hashed into Philox: the same byte
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
@@ -126,7 +126,7 @@ class Projection:
         return spec
 
     def resolve(
-        self, shapes: Shapes, rank_one: Iterable[str], filters: Mapping[str, int]
+        self, shapes: Shapes, rank_one: Collection[str], filters: Mapping[str, int]
     ) -> Projection:
         """This projection for a model with these parameters.
 
@@ -136,6 +136,7 @@ class Projection:
         ``filters`` are those of convolutions of many channels, with the size of their kernel:
         their patches are copied channels last.
         """
+        _check_fit(shapes, rank_one, filters)
         sizes = {name: rows * columns for name, (rows, columns) in shapes.items()}
         number = sum(sizes.values())
         if self.kind == "identity" or (self.kind == "count_sketch" and self.dim >= number):
@@ -157,7 +158,11 @@ class Projection:
         return replace(self.resolve(shapes, (), {}), **found)
 
     def bind(self, shapes: Shapes, bases: Bases | None = None) -> Projector:
-        """The projection of a model's parameters; ``bases`` (of a `Pilot`) where it needs them."""
+        """The projection of a model's parameters; ``bases`` (of a `Pilot`) where it needs them.
+
+        Raises ConfigError where ``rank_one`` or ``filters`` are not those of such parameters.
+        """
+        _check_fit(shapes, self.rank_one, self.filters)
         if self.kind == "identity":
             return Identity(shapes)
         if self.kind == "rademacher":
@@ -177,6 +182,22 @@ class Projection:
 def _stride(dim: int, size: int) -> int:
     """The largest divisor of ``dim`` by which ``size`` steps go round no more than once."""
     return next((s for s in range(dim // size, 1, -1) if dim % s == 0), 1)
+
+
+def _check_fit(shapes: Shapes, rank_one: Collection[str], filters: Mapping[str, int]) -> None:
+    """Raises ConfigError naming a parameter that is not there, or no filter of that kernel."""
+    known = dict.fromkeys(rank_one, 1) | dict(filters)  # the kernel of a matrix is one
+    for name, kernel in known.items():
+        if name not in shapes or kernel < 1 or shapes[name][1] % kernel:
+            raise ConfigError(
+                "the projection is of another model",
+                where=f"projection, parameter {name!r}",
+                found="no such parameter"
+                if name not in shapes
+                else f"a kernel of {kernel} in rows of {shapes[name][1]}",
+                wanted="parameters of this model, and kernels that divide their rows",
+                do="give the task that the run was made by",
+            )
 
 
 class Projector(Protocol):
