@@ -52,7 +52,7 @@ ON_PATH = (
     ("influence_gn", "count_sketch", "own"),
     ("source", "count_sketch", "own"),
 )
-PATH_LENGTH = 6
+NUM_MODELS, PATH_LENGTH = (5, 10), 6
 FEW_DIMS, MANY_DIMS = (256, 512, 1_024, 2_048), (256, 1_024, 4_096, 8_192, 16_384)
 CURVES = (  # method, projection, type of a stored number, dimensions
     *(("influence", kind, "bfloat16", FEW_DIMS) for kind in ("count_sketch", "two_stage")),
@@ -145,16 +145,16 @@ def of_one_model(wide: bool) -> Iterator[Cell]:
 
 def of_several(num_models: int) -> Iterator[Cell]:
     """What the table has of independent models and of one run's path."""
-    number = min(5, num_models)
-    if number > 1:
+    counts = sorted({min(n, num_models) for n in NUM_MODELS} - {1})
+    for number in counts:
         yield Cell(kind="recipe", method="influence_ekfac", checkpoints="models", number=number)
-    for chosen, which, count in ((ON_MODELS, "models", number), (ON_PATH, "path", PATH_LENGTH)):
+    on_models = [(ON_MODELS, "models", number) for number in counts]
+    for chosen, which, number in (*on_models, (ON_PATH, "path", PATH_LENGTH)):
         for method, kind, query in chosen:
-            if which == "path" or count > 1:
-                yield Cell(
-                    kind="recipe", method=method, checkpoints=which, number=count,
-                    query=query, projection=kind, dim=EACH_DIMS[kind],
-                )  # fmt: skip
+            yield Cell(
+                kind="recipe", method=method, checkpoints=which, number=number,
+                query=query, projection=kind, dim=EACH_DIMS[kind],
+            )  # fmt: skip
 
 
 def of_recipes() -> Iterator[Cell]:
@@ -183,7 +183,7 @@ def of_adam() -> Iterator[Cell]:
 
 def of_output(num_models: int) -> Iterator[Cell]:
     """D-TRAK of a model whose output is no label: by its own output, and beside it by the loss."""
-    number = min(5, num_models)
+    number = min(NUM_MODELS[0], num_models)
     for measured in ("output", "loss"):
         for which, count in (("last", 1), ("models", number)):
             dim = EACH_DIMS["count_sketch"]

@@ -29,6 +29,7 @@ METHODS = (
     ("kronfluence", "ekfac", "1e-8, its default", "last", 1),
     ("kronfluence", "ekfac λ=0.1·mean", "0.1 × mean, its heuristic", "last", 1),
     ("kronfluence", "ekfac λ=0.1·mean", "0.1 × mean, its heuristic", "models", 5),
+    ("kronfluence", "ekfac λ=0.1·mean", "0.1 × mean, its heuristic", "models", 10),
     ("traker", "trak", "0, its default", "last", 1),
     ("traker", "trak", "0, its default", "models", 5),
     ("traker", "trak k=512", "0, its default", "last", 1),

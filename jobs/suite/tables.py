@@ -231,8 +231,10 @@ def readme(tasks: Mapping[str, Mapping[str, Any]], missing: Iterable[str] = ()) 
 def _short(row: Row | None, protocol: str) -> str:
     if row is None:
         return "–"
-    by = f"{row['cell']['peer']} " if row["cell"].get("peer") else ""
-    return f"{_value(row, protocol):.3f} {by}{_method(row)}"
+    cell = row["cell"]
+    by = f"{cell['peer']} " if cell.get("peer") else ""
+    of = f", {_kept(cell)}" if cell["number"] > 1 else ""
+    return f"{_value(row, protocol):.3f} {by}{_method(row)}{of}"
 
 
 def ahead(tasks: Mapping[str, Mapping[str, Any]]) -> str:
