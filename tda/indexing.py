@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import sys
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import Any
 
 from tda import __version__
 from tda.batch_size import BatchSize, check_batch_size
@@ -20,6 +20,7 @@ from tda.progress import progress_bar
 from tda.projection import Projection, bases_to_bytes
 from tda.run import Run, bases_digest, read_bases
 from tda.store import Store
+from tda.store.encoding import Dtype
 from tda.store.files import Place, as_place, stat_file, write_file
 from tda.store.lock import sole_writer
 from tda.store.manifest import BASES
@@ -28,7 +29,8 @@ from tda.training.metric import check_projection
 
 _CHUNK_BYTES = 8 * 2**20  # of rows: larger buffers page-fault on every read
 _MAX_CHUNK_ROWS = 4096
-_ITEM_BYTES = {"bfloat16": 2, "float32": 4, "int8": 1}
+# Of a number in a product; of int4, which are unpacked, more than on the disk.
+_ITEM_BYTES = {"bfloat16": 2, "float32": 4, "int8": 1, "int4": 2}
 _VERSIONS = ("torch", "numpy", "zarr")
 
 
@@ -40,7 +42,7 @@ def index(
     proj_dim: int = 2048,
     projection: str | Projection = "count_sketch",
     seed: int = 0,
-    dtype: Literal["bfloat16", "float32", "int8"] = "bfloat16",
+    dtype: Dtype = "bfloat16",
     batch_size: BatchSize = "auto",
     chunk_rows: int | None = None,
     gauss_newton: bool = False,
@@ -50,10 +52,11 @@ def index(
     """Featurize a training set at every checkpoint of a task into the store at ``path``.
 
     dataset: map-style, or arrays (see `tda.data`); read from a second thread. projection: a kind
-    (``proj_dim`` and ``seed`` go with it) or a `Projection`. dtype: of the stored rows. batch_size:
-    examples computed at once (`tda.batch_size`). chunk_rows: rows written at once, by default
-    8 MiB. gauss_newton: also `Run.add_curvature`, for recipe "influence_gn". workers: so many
-    processes, the address of a Dask scheduler, or a `Cluster`; the store is the same.
+    (``proj_dim`` and ``seed`` go with it) or a `Projection`. dtype: of the stored rows, 32, 16, 8
+    or 4½ bits a number (`tda.store.encoding`). batch_size: examples computed at once
+    (`tda.batch_size`). chunk_rows: rows written at once, by default 8 MiB. gauss_newton: also
+    `Run.add_curvature`, for recipe "influence_gn". workers: so many processes, the address of a
+    Dask scheduler, or a `Cluster`; the store is the same.
 
     The same call resumes an interrupted run, and does nothing where it is complete. With more
     examples at the end of the data, or more checkpoints at the end of the list, it computes those.

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 SAMPLE = 64  # examples computed again at each checkpoint
 # Of the largest number of a row: rounding of float32 sums in another order, and of the dtype.
-_ROUNDING = {"float32": 1e-4, "bfloat16": 2**-8 + 1e-4, "int8": 1 / 254 + 1e-4}
+_ROUNDING = {"float32": 1e-4, "bfloat16": 2**-8 + 1e-4, "int8": 1 / 254 + 1e-4, "int4": 1 / 13}
 _COLUMN = 1e-3  # relative, of loss, p, slope, …
 
 

@@ -110,7 +110,7 @@ def test_other_data_are_not_taken_for_changed_ones(run):
 # ---- compact
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "int8"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "int8", "int4"])
 def test_a_compacted_run_is_one_that_never_held_them(dtype, tmp_path, computed):
     run = index(tmp_path / "run", data(), dtype)
     gone = {"e0", "e5", "e6", "e7", "e22"}

@@ -122,9 +122,11 @@ def test_a_block_of_scores_is_a_block_of_the_matrix(index: Callable) -> None:
     np.testing.assert_array_equal(lazy[1:, 4:9].compute(), lazy.compute()[1:, 4:9])
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.02), ("int8", 0.04)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [("bfloat16", 0.02), ("int8", 0.04), ("int4", 0.3)]
+)
 def test_short_rows_lose_only_their_rounding(dtype: str, tolerance: float, index: Callable) -> None:
-    """bfloat16 keeps 8 bits of each number, int8 7 bits of the row's largest."""
+    """bfloat16 keeps 8 bits of each number, int8 7 bits of the row's largest, int4 3 of 32."""
     queries = problems.problem("digits_mlp").queries
     wanted = scores(index("digits_mlp", "float"), queries)
     found = scores(index("digits_mlp", "short", dtype=dtype), queries)

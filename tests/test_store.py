@@ -8,6 +8,7 @@ import pickle
 import random
 import re
 import shutil
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from tda.data import Examples
 from tda.errors import StoreError
 from tda.store import Store, files, local
 from tda.store.arrays import COLUMNS
-from tda.store.encoding import decode_rows, encode_rows
+from tda.store.encoding import decode_rows, encode_rows, width
 
 FLOATS = st.floats(-(2.0**127), 2.0**127, width=32)
 
@@ -54,6 +55,7 @@ def test_everything_written_is_read_back_within_the_bound_of_its_dtype(tmp_path,
             "float32": 0 * rows,
             "bfloat16": 2.0**-8 * abs(rows),
             "int8": abs(rows).max(axis=1, keepdims=True) * (1 + 1e-5) / 254,
+            "int4": abs(rows).max(axis=1, keepdims=True) / 13,  # K numbers are one block
         }[dtype]
         assert read.dtype == np.float32
         assert (abs(read - rows) <= bound).all()
@@ -99,6 +101,28 @@ def test_int8_is_within_half_a_step_and_zero_stays_zero(rows):
     largest = abs(rows).max(axis=1, keepdims=True)
     assert (abs(decoded.numpy() - rows) <= largest * (1 + 1e-5) / 254 + 1.5e-36).all()
     assert (decoded.numpy()[rows == 0] == 0).all()
+
+
+@given(hnp.arrays(np.float32, (3, 70), elements=FLOATS))
+@settings(max_examples=50, deadline=None)
+def test_int4_is_within_half_a_step_of_its_block_and_comes_back_as_it_is(rows):
+    """As a scalar loop over blocks of 32 decodes it; zero stays zero; once more changes nothing."""
+    stored, scale = encode_rows(torch.from_numpy(rows), "int4")
+    assert scale is None and stored.shape == (3, width(70, "int4")) == (3, 54)
+    decoded = torch.empty(rows.shape)
+    decode_rows(stored, None, decoded)
+    for row, packed, found in zip(rows, stored, decoded.numpy(), strict=True):
+        for block in range(3):
+            (step,) = struct.unpack("<f", b"\0\0" + packed[2 * block : 2 * block + 2].tobytes())
+            pairs = packed[6 + 16 * block : 22 + 16 * block]
+            codes = [int(b) & 15 for b in pairs] + [int(b) >> 4 for b in pairs]
+            values = [(code - 16 * (code > 7)) * step for code in codes]
+            own = slice(32 * block, 32 * block + 32)
+            np.testing.assert_array_equal(found[own], np.float32(values[: len(found[own])]))
+            most = abs(row[own]).max()
+            assert (abs(found[own] - row[own]) <= most / 13 + 1e-35).all()
+    assert (decoded.numpy()[rows == 0] == 0).all()
+    np.testing.assert_array_equal(encode_rows(decoded, "int4")[0], stored)
 
 
 def test_query_sets_are_float32_tables_beside_train_found_by_name(tmp_path):

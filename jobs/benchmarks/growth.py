@@ -141,6 +141,7 @@ def bytes_an_example() -> Rows:
     """Of every projection and dtype, read off the files of a small run."""
     import tda
     from tda.projection import KINDS, Projection
+    from tda.store.encoding import DTYPES
 
     count, dim = 256, 2048
     data = (torch.randn(count, INPUTS), torch.randint(0, CLASSES, (count,)))
@@ -151,7 +152,7 @@ def bytes_an_example() -> Rows:
          "dtype", "row", "scale and columns", "last hidden layer", "once: id, digest, label")
     ]  # fmt: skip
     for kind in KINDS:
-        for dtype in ("float32", "bfloat16", "int8"):
+        for dtype in DTYPES:
             with tempfile.TemporaryDirectory() as folder:
                 run = tda.index(
                     task, data, Path(folder) / "run", projection=Projection(kind, dim),

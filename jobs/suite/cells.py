@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,9 +31,9 @@ from tda.projection import Projection
 from tda.recipe import Recipe
 from tda.recipes import RECIPES
 from tda.recipes.auto import AUTO, choose
+from tda.store.encoding import Dtype, row_bytes
 from tda.task import Task
 
-ITEM = {"bfloat16": 2, "int8": 1}  # bytes of a stored number
 DIM, SMALL_DIM = 4_096, 1_024  # 8 KB and 2 KB an example; a Gram's eigenvectors take dim³
 LARGE_DIM = 16_384  # 32 KB, of which `influence_shrunk` decomposes its core alone
 EACH_DIMS = {"count_sketch": 2_048, "eigenbasis": 1_024}  # of each of several checkpoints
@@ -53,12 +53,16 @@ ON_PATH = (
     ("source", "count_sketch", "own"),
 )
 NUM_MODELS, PATH_LENGTH = (5, 10), 6
+INT4_DIMS = (1_024, 3_584, 14_336, 57_344)  # the last two: 8 and 32 KB
 FEW_DIMS, MANY_DIMS = (256, 512, 1_024, 2_048), (256, 1_024, 4_096, 8_192, 16_384)
-CURVES = (  # method, projection, type of a stored number, dimensions
+CURVES: tuple[
+    tuple[str, str, Dtype, tuple[int, ...]], ...
+] = (  # method, projection, type of a stored number, dimensions
     *(("influence", kind, "bfloat16", FEW_DIMS) for kind in ("count_sketch", "two_stage")),
     *(("influence", kind, "bfloat16", FEW_DIMS) for kind in ("kronecker", "eigenbasis")),
     ("influence_ekfac", "eigenbasis", "bfloat16", MANY_DIMS),
     ("influence_ekfac", "eigenbasis", "int8", MANY_DIMS),
+    ("influence_ekfac", "eigenbasis", "int4", INT4_DIMS),
 )
 GRID = tuple(float(10.0**e) for e in np.arange(-4, 3.5, 0.5))
 
@@ -73,7 +77,7 @@ class Cell:
     number: int = 1
     projection: str | None = None
     dim: int = 0
-    dtype: Literal["bfloat16", "int8"] = "bfloat16"  # of a stored number
+    dtype: Dtype = "bfloat16"  # of a stored number
     metric: str = "euclidean"
     damping: str = "auto"
     query: str = "own"  # or what takes the place of the recipe's own: margin | loss
@@ -171,7 +175,7 @@ def of_curve() -> Iterator[Cell]:
     for method, kind, dtype, dims in CURVES:
         for dim in dims:
             one = replace(CURVE, method=method, projection=kind, dim=dim)
-            yield replace(one, dtype="int8") if dtype == "int8" else one
+            yield replace(one, dtype=dtype)
 
 
 def of_adam() -> Iterator[Cell]:
@@ -269,7 +273,7 @@ def _index(work: Any, cell: Cell, path: Path, quick: bool, train: Any, queries: 
     run.add_queries(queries, "test")
     dim = run.store.manifest["projection"]["dim"]
     scale = 4 if cell.dtype == "int8" else 0
-    return None, {"bytes_per_example": (ITEM[cell.dtype] * dim + scale) * cell.number}
+    return None, {"bytes_per_example": (row_bytes(dim, cell.dtype) + scale) * cell.number}
 
 
 def _table(work: Any, cell: Cell, path: Path, quick: bool, train: Any, queries: Any) -> Any:

@@ -312,7 +312,8 @@ def plot(tasks: Mapping[str, Mapping[str, Any]], path: Path) -> None:
                 for row in rows
                 if _line(row) == (method, kind, dtype)
             )
-            name_of = f"{method}, {kind.replace('_', ' ')}" + (", int8" if dtype == "int8" else "")
+            stored = "" if dtype == "bfloat16" else f", {dtype}"
+            name_of = f"{method}, {kind.replace('_', ' ')}{stored}"
             axes.plot(*zip(*line, strict=True), marker="o", label=name_of)
         axes.set(title=name, xlabel="bytes an example", ylabel="LDS, halves")
         axes.set_xscale("log", base=2)

@@ -24,6 +24,7 @@ from tda.cli import tables
 from tda.cli.workload import task_of
 from tda.curvature.table import ROWS_PER_DIMENSION
 from tda.data import as_dataset
+from tda.store.encoding import row_bytes
 
 if TYPE_CHECKING:
     from tda.config import Config
@@ -108,10 +109,10 @@ def plan(config: Config) -> Plan:
     seconds = max(large.seconds - small.seconds, 1e-9) / more if more else large.seconds
     row = large.bytes_per_checkpoint / large.num_examples
     once = large.bytes_once / large.num_examples
-    item = _ITEM_BYTES[config.index.dtype]
+    stored = row_bytes(large.dim, config.index.dtype)
     has_table = config.index.gauss_newton and not task.measurement.scalar
     num_curvature = ROWS_PER_DIMENSION * large.dim if has_table else 0
-    query_row = row + large.dim * (4 - item)  # the rows of queries stay float32
+    query_row = row + 4 * large.dim - stored  # the rows of queries stay float32
 
     def on_disk(count: int, row: float) -> float:
         """A chunk of rows that is not full takes the room of a full one."""
@@ -130,14 +131,11 @@ def plan(config: Config) -> Plan:
         bytes_on_disk=on_disk(num_train, row)
         + on_disk(num_curvature, row)
         + sum(on_disk(len(q), query_row) for q in queries),
-        peak_memory=_peak_memory() + min(large.chunk_rows, num_train) * large.dim * (4 + item),
+        peak_memory=_peak_memory() + min(large.chunk_rows, num_train) * (4 * large.dim + stored),
         examples_per_second=1 / seconds,
         seconds=seconds * num_checkpoints * (num_train + num_queries + num_curvature)
         + small.seconds,
     )
-
-
-_ITEM_BYTES = {"bfloat16": 2, "float32": 4, "int8": 1}
 
 
 def _two_probes(task: Any, train: Any, arguments: dict[str, Any]) -> tuple[_Probe, _Probe]:

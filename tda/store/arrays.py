@@ -15,11 +15,13 @@ from functools import cached_property
 import numpy as np
 
 from tda.store.bounds import array_fault
+from tda.store.encoding import width
 
 COLUMNS = ("loss", "p", "slope", "curvature", "grad_norm")  # one number an example and checkpoint
 CHECKPOINT = "checkpoint"
 
 _FILL = {"uint16": 0x7FC0, "float32": np.nan, "int8": 0, "uint8": 0, "int64": 0}  # 0x7FC0: bf16 NaN
+_INT4_FILL = 0xFF  # a scale of 0xFFFF is a NaN
 _AXES = {
     "label": ("class",),
     "digest": ("byte",),
@@ -58,6 +60,10 @@ class ArraySpec:
         return int(np.prod(self.chunks)) * self.stored.itemsize
 
     @property
+    def fill(self) -> float:
+        return _INT4_FILL if self.encoding == "int4" else _FILL[self.dtype]
+
+    @property
     def document_key(self) -> str:
         return f"{self.name}/zarr.json"
 
@@ -70,7 +76,7 @@ class ArraySpec:
         """The chunk that begins with ``values [r, ...]``, padded with the fill value."""
         if len(values) == self.chunk_rows:
             return np.ascontiguousarray(values, self.stored).reshape(self.chunks)
-        whole = np.full(self.chunks, _FILL[self.dtype], self.stored)
+        whole = np.full(self.chunks, self.fill, self.stored)
         rows = whole[0] if self.per_checkpoint else whole
         rows[: len(values)] = values
         return whole
@@ -101,7 +107,7 @@ class ArraySpec:
             shape=self.shape,
             chunks=self.chunks,
             dtype=self.dtype,
-            fill_value=_FILL[self.dtype],
+            fill_value=self.fill,
             serializer=BytesCodec(endian="little"),
             compressors=[Crc32cCodec()],
             filters=None,
@@ -160,16 +166,17 @@ def layout(
     """
     n = len(static["id"][0])
     c, axes = num_checkpoints, (CHECKPOINT, axis)
-    stored = "uint16" if dtype == "bfloat16" else dtype
+    stored = {"bfloat16": "uint16", "int4": "uint8"}.get(dtype, dtype)
     encoding = "" if dtype == "float32" else dtype
-    rows = (1, chunk_rows)
-    specs = [ArraySpec("rows", (c, n, dim), (*rows, dim), stored, (*axes, "proj"), encoding)]
+    rows, last = (1, chunk_rows), width(dim, dtype)
+    along = (*axes, "byte" if dtype == "int4" else "proj")
+    specs = [ArraySpec("rows", (c, n, last), (*rows, last), stored, along, encoding)]
     specs += [ArraySpec(name, (c, n), rows, "float32", axes) for name in COLUMNS]
     if dtype == "int8":
         specs.append(ArraySpec("scale", (c, n), rows, "float32", axes))
     if hidden is not None:
-        shape, last = (c, n, hidden), (*axes, "hidden")
-        specs.append(ArraySpec("embedding", shape, (*rows, hidden), "uint16", last, "bfloat16"))
+        shape, along = (c, n, hidden), (*axes, "hidden")
+        specs.append(ArraySpec("embedding", shape, (*rows, hidden), "uint16", along, "bfloat16"))
     for name, (values, coded) in static.items():
         specs.append(_static(name, values, coded, axis, chunk_rows))
     return {spec.name: spec for spec in specs}

@@ -10,6 +10,8 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from tda.store.encoding import width
+
 if TYPE_CHECKING:
     from tda.store.arrays import ArraySpec
 
@@ -24,6 +26,7 @@ _CRC = re.compile(r"[0-9a-f]{8}")
 _ENCODINGS = {
     ("uint16", "bfloat16"),
     ("int8", "int8"),
+    ("uint8", "int4"),
     ("uint8", "utf-8"),
     ("float32", ""),
     ("uint8", ""),
@@ -31,7 +34,7 @@ _ENCODINGS = {
 }
 
 _STRINGS = {"id", "source", "group", "text", "example"}
-_ROWS = {("uint16", "bfloat16"), ("float32", ""), ("int8", "int8")}
+_ROWS = {("uint16", "bfloat16"), ("float32", ""), ("int8", "int8"), ("uint8", "int4")}
 
 
 def is_key(key: object) -> bool:
@@ -87,8 +90,9 @@ def array_fault(spec: ArraySpec) -> str | None:
     return None
 
 
-def table_fault(specs: Mapping[str, ArraySpec], sizes: Mapping[str, int]) -> str | None:
-    """What is wrong with the arrays of a table, or None. sizes: bytes of its marked files by key.
+def table_fault(specs: Mapping[str, ArraySpec], sizes: Mapping[str, int], dim: int) -> str | None:
+    """What is wrong with the arrays of a table, or None. sizes: bytes of its marked files by key;
+    dim: numbers of a row.
 
     All are of the same examples and checkpoints, and where a mark lists the chunks of an array, it
     lists as many as its shape has: so a shape is never larger than the files are.
@@ -98,6 +102,8 @@ def table_fault(specs: Mapping[str, ArraySpec], sizes: Mapping[str, int]) -> str
     rows = specs["rows"]
     if not rows.per_checkpoint or len(rows.shape) != 3 or (rows.dtype, rows.encoding) not in _ROWS:
         return f"rows are {rows.dtype} of shape {list(rows.shape)}"
+    if rows.shape[2] != width(dim, rows.encoding):
+        return f"rows of shape {list(rows.shape)} do not hold {dim} numbers each"
     if (rows.encoding == "int8") != ("scale" in specs):
         return "int8 rows, and no others, have a scale"
     if rows.shape[0] * -(-rows.shape[1] // rows.chunk_rows) > MOST_CHUNKS:

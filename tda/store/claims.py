@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tda.store.bounds import MOST
+from tda.store.encoding import Dtype
 
 Count = Annotated[int, Field(ge=1, le=MOST)]
 Place = Annotated[int, Field(ge=0, le=MOST)]
@@ -67,7 +68,7 @@ class Manifest(_Claim):
     metric: Literal["euclidean", "adam", "second_moment", "adam_update"] = "euclidean"
     projection: Projection
     layers: list[Layer] = []
-    dtype: Literal["bfloat16", "float32", "int8"]
+    dtype: Dtype
     chunk_rows: Count
     data: dict[Literal["train", "curvature"], Data] = {}
     versions: dict[str, str] = {}

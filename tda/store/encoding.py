@@ -3,33 +3,51 @@
 float32    as it is
 bfloat16   the upper 16 bits of a float32, rounded to nearest even: |error| ≤ 2⁻⁸ |x|
 int8       x ≈ q·scale, scale = max|x| / 127 of the row: |error| ≤ max|x| / 254
+int4       x ≈ q·scale, |q| ≤ 7, scale ≥ max|x| / 7 of 32 neighbours: |error| ≤ max|x| / 13 of them
 utf-8      strings as bytes, padded with NUL to the longest
 """
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tda.errors import DataError, StoreError
 
-DTYPES = ("bfloat16", "float32", "int8")
+Dtype = Literal["bfloat16", "float32", "int8", "int4"]
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)
+BLOCK = 32  # numbers of an int4 row that have one scale
 
 # Below this a row's scale would be denormal and its rounding no longer relative; such a row is 0.
 _SMALLEST = 127 * torch.finfo(torch.float32).tiny
 
 
+def width(dim: int, dtype: str) -> int:
+    """Stored numbers of a row of ``dim``: as many, or the bytes of int4."""
+    return -(-dim // BLOCK) * (2 + BLOCK // 2) if dtype == "int4" else dim
+
+
+def row_bytes(dim: int, dtype: str) -> int:
+    """Of a stored row, without the scale of int8."""
+    return width(dim, dtype) * {"float32": 4, "bfloat16": 2}.get(dtype, 1)
+
+
 def encode_rows(values: Tensor, dtype: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """(what is stored of float32 rows ``[r, k]``, its scale ``[r]`` if the dtype has one).
+    """(what is stored of float32 rows ``[r, k]``, its scale ``[r]`` if it is kept apart).
 
     Rows in bfloat16 are stored so as they are. A finite number too large for bfloat16 becomes
-    infinite; the caller refuses it.
+    infinite (`halves`); the caller refuses it.
     """
     if dtype == "float32":
         return values.numpy(), None
     if dtype == "bfloat16":
         return values.to(torch.bfloat16).view(torch.uint16).numpy(), None
+    if dtype == "int4":
+        return _pack(values).numpy(), None
     largest = values.abs().amax(dim=1)
     scale = torch.where(largest < _SMALLEST, 0.0, largest / 127)
     divisor = torch.where(scale > 0, scale, torch.inf)[:, None]
@@ -39,9 +57,53 @@ def encode_rows(values: Tensor, dtype: str) -> tuple[np.ndarray, np.ndarray | No
 def decode_rows(stored: np.ndarray, scale: np.ndarray | None, out: Tensor) -> None:
     """Writes the float32 values of ``stored [r, k]`` into ``out [r, k]``."""
     values = torch.from_numpy(stored)
+    if stored.dtype == np.uint8:
+        values = unpacked(values, out.shape[1])
     out.copy_(values.view(torch.bfloat16) if stored.dtype == np.uint16 else values)
     if scale is not None:
         out.mul_(torch.from_numpy(scale)[:, None])
+
+
+def halves(stored: np.ndarray, dtype: str) -> Tensor:
+    """What of bfloat16 rows, or of the largest numbers of int4 blocks, is stored in bfloat16."""
+    if dtype == "int4":
+        return 7 * _scales(torch.from_numpy(stored))
+    return torch.from_numpy(stored).view(torch.bfloat16)
+
+
+def _pack(values: Tensor) -> Tensor:
+    """int4 rows ``[r, width]`` uint8: the scales of all blocks, then 16 bytes a block.
+
+    Scales are bfloat16 with 5 significant bits, so that q·scale is one exactly. Byte j of a block
+    holds its number j in the lower half and j + 16 in the upper, as two's complement.
+    """
+    blocks = F.pad(values, (0, -values.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    significand, exponent = torch.frexp(blocks.abs().amax(2) / 7)
+    scale = torch.ldexp((significand * 32).ceil() / 32, exponent)
+    scale = torch.where(scale < _SMALLEST, 0.0, scale)
+    divisor = torch.where(scale > 0, scale, torch.inf)[:, :, None]
+    q = (blocks / divisor).round().clamp(-7, 7).to(torch.int8)
+    low, high = q.split(BLOCK // 2, dim=2)
+    scales = scale.to(torch.bfloat16).view(torch.uint8)
+    return torch.cat([scales, (low & 15 | high << 4).flatten(1).view(torch.uint8)], dim=1)
+
+
+def _scales(stored: Tensor) -> Tensor:
+    """Of int4 rows, ``[r, block]`` bfloat16."""
+    num_blocks = stored.shape[1] // (2 + BLOCK // 2)
+    return stored[:, : 2 * num_blocks].contiguous().view(torch.bfloat16)
+
+
+def unpacked(stored: Tensor, dim: int) -> Tensor:
+    """bfloat16 ``[r, dim]`` of int4 rows, without rounding."""
+    num_blocks = -(-dim // BLOCK)
+    scale = _scales(stored)[:, :, None]
+    pairs = stored[:, 2 * num_blocks :].view(torch.int8).unflatten(1, (num_blocks, -1))
+    out = torch.empty((len(stored), num_blocks, BLOCK), dtype=torch.bfloat16)
+    low, high = out.split(BLOCK // 2, dim=2)
+    torch.mul(pairs << 4 >> 4, scale, out=low)
+    torch.mul(pairs >> 4, scale, out=high)
+    return out.flatten(1)[:, :dim]
 
 
 def encode_strings(values: np.ndarray, name: str) -> np.ndarray:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tda.errors import GradientError, StoreError
 from tda.store.arrays import COLUMNS
-from tda.store.encoding import encode_rows
+from tda.store.encoding import encode_rows, halves
 
 if TYPE_CHECKING:
     from tda.store.table import Table
@@ -40,8 +40,8 @@ def encode_chunk(table: Table, chunk: int, given: Mapping[str, Any]) -> dict[str
         parts[name], scale = encode_rows(_checked(table, name, values, chunk), dtype)
         if scale is not None:
             parts["scale"] = scale
-        if dtype == "bfloat16":
-            stored = torch.from_numpy(parts[name]).view(torch.bfloat16)
+        if dtype in ("bfloat16", "int4"):
+            stored = halves(parts[name], dtype)
             if not _is_finite(stored):
                 _refuse(table, ~torch.isfinite(stored), start, name, "is too large for bfloat16")
     return parts
@@ -53,7 +53,8 @@ def _checked(table: Table, name: str, given: Any, chunk: int) -> Tensor:
     if not isinstance(given, Tensor):
         given = torch.from_numpy(np.require(given, np.float32, ["C", "W"]))
     values = given.contiguous()
-    shape = (stop - start, *table.specs[name].shape[2:])
+    last = (table.dim,) if name == "rows" else table.specs[name].shape[2:]
+    shape = (stop - start, *last)
     if values.shape != shape:
         raise StoreError(
             f"{name} of examples {start}:{stop} has another shape",

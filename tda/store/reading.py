@@ -118,7 +118,7 @@ def open_specs(table: Table, chunks: Chunks) -> dict[str, ArraySpec]:
             except ValueError as error:
                 raise damaged(table, "a metadata document makes no sense", key, error) from error
     sizes = {key: entry.size for key, entry in table.static.files.items()}
-    misfit = table_fault(specs, sizes)
+    misfit = table_fault(specs, sizes, table.dim)
     if misfit is not None:
         raise damaged(table, "the arrays of this table do not fit together", STATIC, misfit)
     return specs

@@ -14,7 +14,7 @@ from torch import Tensor
 from tda.errors import StoreError
 from tda.store.bounds import DOCUMENT_BYTES
 from tda.store.chunks import Chunks
-from tda.store.encoding import decode_strings
+from tda.store.encoding import decode_strings, unpacked
 from tda.store.files import (
     Place,
     Remote,
@@ -85,7 +85,7 @@ class Table:
 
     @property
     def dim(self) -> int:
-        return self.specs["rows"].shape[2]
+        return self.manifest["projection"]["dim"]
 
     @property
     def hidden(self) -> int | None:
@@ -94,7 +94,7 @@ class Table:
 
     @property
     def dtype(self) -> str:
-        """bfloat16, int8 or float32: how the rows are stored."""
+        """bfloat16, float32, int8 or int4: how the rows are stored."""
         return self.specs["rows"].encoding or "float32"
 
     @property
@@ -257,10 +257,11 @@ class Table:
         return self._read("rows", checkpoint, start, stop)
 
     def coded_rows(self, checkpoint: int, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
-        """(rows ``[stop - start, proj]`` as stored: float32, bfloat16 or int8, factor
+        """(rows ``[stop - start, proj]`` as products take them: float32, bfloat16 or int8, factor
         ``[stop - start]`` of int8), which multiply to ``rows(…)``. Raises StoreError.
 
         Views of the file where they lie in one chunk: decoded a few at a time, they stay in caches.
+        Those of int4 are unpacked to bfloat16.
         """
         specs = [self.specs["rows"], *([self.specs["scale"]] if "scale" in self.specs else [])]
         parts = []
@@ -273,7 +274,11 @@ class Table:
                 for low in [chunk * self.chunk_rows]
             ]
             parts.append(found[0] if len(found) == 1 else torch.cat(found))
-        rows = parts[0].view(torch.bfloat16) if self.dtype == "bfloat16" else parts[0]
+        rows = parts[0]
+        if self.dtype == "int4":
+            rows = unpacked(rows, self.dim)
+        elif self.dtype == "bfloat16":
+            rows = rows.view(torch.bfloat16)
         return rows, parts[1] if len(parts) > 1 else None
 
     def embedding(self, checkpoint: int, start: int, stop: int) -> Tensor:
@@ -354,7 +359,7 @@ class Table:
     def _read(self, name: str, checkpoint: int, start: int, stop: int) -> Tensor:
         if not 0 <= start <= stop <= self.num_rows:
             raise IndexError(f"examples {start}:{stop} of {self.num_rows}")
-        out = torch.empty((stop - start, self.specs[name].shape[2]))
+        out = torch.empty((stop - start, self.dim if name == "rows" else self.hidden or 0))
         for chunk, first, last in self._pieces(start, stop):
             self._reading.ahead(name, checkpoint, chunk)
             offset = chunk * self.chunk_rows
