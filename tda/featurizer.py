@@ -34,7 +34,6 @@ from tda.training.metric import Transform, Update, as_matrices, scaling
 from tda.training.optimizer import Moments
 
 _PILOT_EXAMPLES = 64
-_MANY_CHANNELS = 16  # lines of so many numbers are worth copying
 log = logging.getLogger(__name__)
 Compute = Callable[[Any, Rows], "Features"]  # (batch, rows)
 Write = Callable[[], None]
@@ -279,10 +278,10 @@ class Featurizer:
 def _many_channels(factors: list[Factor]) -> int:
     """Size of the kernel of a convolution in one group of many channels, or 0."""
     (first, *more) = factors
-    if more or not isinstance(first, Convolved) or first.window.groups > 1:
+    if more or not isinstance(first, Convolved) or not first.has_long_lines:
         return 0
     kernel = math.prod(first.window.kernel)
-    return kernel if kernel > 1 and first.x.shape[1] >= _MANY_CHANNELS else 0
+    return kernel if kernel > 1 else 0
 
 
 def filler(featurizer: Featurizer, table: Table, dataset: Dataset, batch_size: BatchSize) -> Filler:

@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_MANY_CHANNELS = 16  # lines of so many numbers are worth copying
+
 
 @dataclass(frozen=True)
 class Outer:
@@ -193,6 +195,11 @@ class Convolved(Outer):
     @cached_property
     def right(self) -> Tensor:
         return self.window.patches(self.x)
+
+    @property
+    def has_long_lines(self) -> bool:
+        """Whether patches are copied faster channels last."""
+        return self.window.groups == 1 and self.x.shape[1] >= _MANY_CHANNELS
 
     def channels_last(self) -> Convolved:
         """The same of one group with columns in the order [*kernel, C]."""

@@ -16,7 +16,7 @@ from tda.gradients import Convolved, Factor, Lookup, Outer
 Shapes = Mapping[str, tuple[int, int]]  # each parameter as a matrix [O, I]
 _TILE_FLOATS = 2**20  # one tile of gradients: 4 MiB, in the cache
 _GPU_TILE_FLOATS = 2**26  # there a tile costs launches, and no cache would hold it
-_FEW = 8  # examples of a tile, at least: each costs the overhead of a tile again
+_FEW = 16  # examples of a tile, at least: each costs the overhead of a tile again
 
 
 def random_bits(count: int, seed: int, name: str, role: str) -> np.ndarray:
@@ -109,10 +109,13 @@ def known_square_norm(factors: list[Factor]) -> Tensor | None:
 
 def square_norm(factors: list[Factor]) -> Tensor:
     """‖G‖² ``[example]`` of one parameter's gradient, which nobody else forms."""
+    first = factors[0]
+    if isinstance(first, Convolved) and len(factors) == 1 and first.has_long_lines:
+        first = first.channels_last()  # the same numbers in another order
+        factors = [first]
     known = known_square_norm(factors)
     if known is not None:
         return known
-    first = factors[0]
     if len(factors) == 1 and isinstance(first, Outer) and first.left.shape[2] == 1:
         num_positions, (num_rows, width) = first.left.shape[1], first.shape
         if num_positions * (num_rows + width) <= num_rows * width:
