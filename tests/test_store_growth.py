@@ -243,8 +243,9 @@ def test_a_probability_may_be_undefined(tmp_path):
     assert table.missing()[0] == (0, 1)
 
 
-def test_a_finite_number_that_bfloat16_cannot_hold_is_refused(planned):
-    table = planned["bfloat16"]
+@pytest.mark.parametrize("dtype", ["bfloat16", "int4"])
+def test_a_finite_number_that_bfloat16_cannot_hold_is_refused(planned, dtype):
+    table = planned[dtype]
     rows, columns, embedding = copy.deepcopy(values(0, 0, CHUNK))
     rows[2, 0] = np.finfo(np.float32).max
     with pytest.raises(GradientError, match="too large for bfloat16"):

@@ -72,20 +72,21 @@ def halves(stored: np.ndarray, dtype: str) -> Tensor:
 
 
 def _pack(values: Tensor) -> Tensor:
-    """int4 rows ``[r, width]`` uint8: the scales of all blocks, then 16 bytes a block.
+    """int4 rows ``[r, width]`` uint8: the scales of all blocks, then two numbers a byte.
 
-    Scales are bfloat16 with 5 significant bits, so that q·scale is one exactly. Byte j of a block
-    holds its number j in the lower half and j + 16 in the upper, as two's complement.
+    Scales are bfloat16 with 5 significant bits, so that q·scale is one exactly. A byte holds a
+    number of the row's first half in its lower bits and that of the second in its upper ones, as
+    two's complement.
     """
     blocks = F.pad(values, (0, -values.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
     significand, exponent = torch.frexp(blocks.abs().amax(2) / 7)
     scale = torch.ldexp((significand * 32).ceil() / 32, exponent)
     scale = torch.where(scale < _SMALLEST, 0.0, scale)
     divisor = torch.where(scale > 0, scale, torch.inf)[:, :, None]
-    q = (blocks / divisor).round().clamp(-7, 7).to(torch.int8)
-    low, high = q.split(BLOCK // 2, dim=2)
+    codes = (blocks / divisor).round().clamp(-7, 7).to(torch.int8).flatten(1)
+    low, high = codes.chunk(2, dim=1)
     scales = scale.to(torch.bfloat16).view(torch.uint8)
-    return torch.cat([scales, (low & 15 | high << 4).flatten(1).view(torch.uint8)], dim=1)
+    return torch.cat([scales, (low & 15 | high << 4).view(torch.uint8)], dim=1)
 
 
 def _scales(stored: Tensor) -> Tensor:
@@ -96,14 +97,11 @@ def _scales(stored: Tensor) -> Tensor:
 
 def unpacked(stored: Tensor, dim: int) -> Tensor:
     """bfloat16 ``[r, dim]`` of int4 rows, without rounding."""
-    num_blocks = -(-dim // BLOCK)
-    scale = _scales(stored)[:, :, None]
-    pairs = stored[:, 2 * num_blocks :].view(torch.int8).unflatten(1, (num_blocks, -1))
-    out = torch.empty((len(stored), num_blocks, BLOCK), dtype=torch.bfloat16)
-    low, high = out.split(BLOCK // 2, dim=2)
-    torch.mul(pairs << 4 >> 4, scale, out=low)
-    torch.mul(pairs >> 4, scale, out=high)
-    return out.flatten(1)[:, :dim]
+    scale = _scales(stored)
+    pairs = stored[:, 2 * scale.shape[1] :].view(torch.int8)
+    codes = torch.cat([pairs << 4, pairs & -16], dim=1)  # 16 times the numbers
+    blocks = codes.to(torch.bfloat16).unflatten(1, (-1, BLOCK)).mul_(scale[:, :, None] / 16)
+    return blocks.flatten(1)[:, :dim]
 
 
 def encode_strings(values: np.ndarray, name: str) -> np.ndarray:
