@@ -7,6 +7,7 @@ two small forward passes. W is the work above which a pass costs little more tha
 smallest batch on the plateau of speed (measured on one core: a GPT 4×256 8–16, a CNN 16–64, an MLP
 784-512-256-10 256–1,024). Nothing is timed, and M does not depend on what else the machine does, so
 the same model and data get the same b: a run that goes on elsewhere writes the same bytes.
+(Processes that divide a batch, in `tda.lead`, get b each.)
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from tda.gradients import Audit, Consume, Convolved, Dense, Factor, Gradients, s
 from tda.gradients.rules import InseparableError
 from tda.measurements import Link
 from tda.progress import Tick, progress_bar
-from tda.projection import Bases, Pilot, Projection, Projector, rank_one
+from tda.projection import Bases, Pilot, Projection, Projector, Shapes, rank_one
 from tda.projection.tiles import square_norm
 from tda.reading import Rows, ahead, reading
 from tda.store import Table
@@ -101,6 +101,52 @@ class Probe:
     filters: dict[str, int]
 
 
+@dataclass(frozen=True)
+class Projecting:
+    """Factors of a batch to P∇f ``[example, proj]`` and ‖∇f‖² ``[example]``.
+
+    A `tda.gradients.passes.Reduction`; pickles as what the projection is made of.
+    """
+
+    projection: Projection
+    shapes: Shapes
+    bases: Bases | None
+
+    @cached_property
+    def projector(self) -> Projector:
+        return self.projection.bind(self.shapes, self.bases)
+
+    def __reduce__(self) -> tuple:
+        return Projecting, (self.projection, self.shapes, self.bases)
+
+    def __call__(
+        self, num_examples: int, device: torch.device, transform: Transform | None = None
+    ) -> tuple[Consume, Callable[[], tuple[Tensor, Tensor]]]:
+        """``transform``: of every gradient before it is projected."""
+        projector = self.projector
+        buffer = projector.zeros(num_examples).to(device)
+        square = torch.zeros(num_examples, device=device)
+        visited = set()
+
+        def consume(name: str, factors: list[Factor]) -> None:
+            if transform is None:
+                square.add_(projector.add(buffer, name, factors))
+                return
+            visited.add(name)
+            projector.add(buffer, name, transform(name, factors))
+            square.add_(square_norm(factors))
+
+        def result() -> tuple[Tensor, Tensor]:
+            if isinstance(transform, Update):
+                # Adam moves on by its mean where the gradient is zero, whatever the batch.
+                for name, shape in self.shapes.items():
+                    if name not in visited:
+                        consume(name, [Dense(square.new_zeros(()).expand(num_examples, *shape))])
+            return projector.rows(buffer).cpu(), square.cpu()
+
+        return consume, result
+
+
 class Featurizer:
     """Turns batches into features, for one task and one projection.
 
@@ -109,7 +155,7 @@ class Featurizer:
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        self.projector: Projector | None = None
+        self._projecting: Projecting | None = None
         self._checkpoint: int | None = None
         self._scaling: Transform | None = None  # of every gradient, in the task's metric
         self._moments: dict[str, Moments] = {}  # what `Update` needs of the loaded checkpoint
@@ -127,6 +173,11 @@ class Featurizer:
     def audit(self) -> Audit | None:
         """How the gradients are taken, once a first batch has shown it."""
         return self.gradients.audited if "gradients" in vars(self) else None
+
+    @property
+    def num_shares(self) -> int:
+        """Processes that a batch is divided among."""
+        return self.gradients.num_shares if self.task.metric == "euclidean" else 1
 
     def at(self, checkpoint: int) -> None:
         """Load the weights of a checkpoint, unless they are there already."""
@@ -219,8 +270,13 @@ class Featurizer:
 
     def bind(self, projection: Projection, bases: Bases | None = None) -> Projector:
         """Take a projection (with its bases, if it has any)."""
-        self.projector = projection.bind(shapes_of(self.task.model), bases)
-        return self.projector
+        self._projecting = Projecting(projection, shapes_of(self.task.model), bases)
+        return self._projecting.projector
+
+    @property
+    def projector(self) -> Projector | None:
+        """The projection that was bound, if one was."""
+        return self._projecting.projector if self._projecting else None
 
     def __call__(self, batch: Any, num_examples: int, train: bool = False) -> Features:
         """Features of one batch at the loaded checkpoint.
@@ -228,22 +284,15 @@ class Featurizer:
         In the metric "adam_update" examples of ``train`` have the row −Γ and, so that −∇ℓ of other
         rows and Γ's negative are formed alike, slope −1 (and curvature 1).
         """
-        projector = self.projector
-        assert projector is not None, "bind a projection first"
+        project = self._projecting
+        assert project is not None, "bind a projection first"
         transform = self._update(batch) if train and self._moments else self._scaling
-        buffer = projector.zeros(num_examples).to(self.task.device)
-        square = torch.zeros(num_examples, device=self.task.device)
-        visited = set()
-
-        def consume(name: str, factors: list[Factor]) -> None:
-            if transform is None:
-                square.add_(projector.add(buffer, name, factors))
-                return
-            visited.add(name)
-            projector.add(buffer, name, transform(name, factors))
-            square.add_(square_norm(factors))
-
-        output, hidden = self.gradients(batch, num_examples, consume)
+        if transform is None:
+            output, hidden, (rows, square) = self.gradients.reduced(batch, num_examples, project)
+        else:  # by moments that only this process holds
+            consume, result = project(num_examples, self.gradients.device, transform)
+            output, hidden = self.gradients(batch, num_examples, consume)
+            rows, square = result()
         link = self._link(output, batch)
         columns = {
             "loss": link.loss,
@@ -253,14 +302,10 @@ class Featurizer:
             "grad_norm": square.sqrt(),
         }
         if isinstance(transform, Update):
-            # Adam moves on by its mean where the gradient is zero, whoever else is in the batch.
-            for name, shape in shapes_of(self.task.model).items():
-                if name not in visited:
-                    consume(name, [Dense(square.new_zeros(()).expand(num_examples, *shape))])
             one = torch.ones(num_examples)
             columns |= {"slope": -one, "curvature": one}
         return Features(
-            projector.rows(buffer).cpu(),
+            rows,
             {name: values.detach().float().cpu() for name, values in columns.items()},
             torch.empty(num_examples, 0) if hidden is None else hidden.cpu(),
         )
@@ -312,6 +357,8 @@ def fill(
     done: Features | None = None
     rounded = torch.bfloat16 if table.dtype == "bfloat16" else torch.float32  # int8 sees whole rows
     size, collate_with = featurizer.batch_size(batch_size, dataset), featurizer.task.collate
+    if batch_size == "auto":
+        size *= featurizer.num_shares
     for rows, batch in ahead(reading(dataset, start, stop, size, collate_with)):
         features = _features(featurizer, table, dataset, batch, rows, compute)
         _check_finite(features, table, rows, checkpoint)

@@ -21,6 +21,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import tda
+from tda.gradients import Gradients
+from tda.measurements import as_measurement
 
 NUM_TRAIN, NUM_QUERIES, TOKENS = 14, 3, 6
 EXACT: dict[str, Any] = {"projection": "identity", "dtype": "float32", "progress": False}
@@ -240,6 +242,35 @@ def refusals(model: nn.Module, folder: Path) -> dict[str, str]:
     return said
 
 
+class Ranks:
+    """A reduction that says who has done it; fails where that is rank ``never``."""
+
+    def __init__(self, never: int | None = None) -> None:
+        self.never = never
+
+    def __call__(self, num_examples: int, device: torch.device) -> Any:
+        def consume(name: str, factors: list[Any]) -> None:
+            if dist.get_rank() == self.never:
+                raise ValueError(f"on rank {self.never}")
+
+        return consume, lambda: (torch.full((num_examples,), dist.get_rank()),)
+
+
+def divided(model: nn.Module) -> dict[str, Any]:
+    """Who has computed examples of batches of 1 to 5; and of one that fails on the other side."""
+    gradients = Gradients(model, as_measurement("cross_entropy"))
+    ranks, seen = Ranks(), {}
+    for count in (5, 2, 1):
+        batch = X[:count], Y[:count]
+        seen[f"ranks of {count}"] = gradients.reduced(batch, count, ranks)[2][0].tolist()
+    try:
+        gradients.reduced((X, Y), 12, Ranks(never=1))
+    except ValueError as error:
+        seen["said"] = str(error)
+    seen["outputs"] = gradients.reduced((X, Y), 12, ranks)[0]
+    return seen
+
+
 def main(folder: Path, rank: int, world: int) -> None:
     torch.set_num_threads(1)
     os.fsync = lambda descriptor: None  # type: ignore[assignment]
@@ -270,6 +301,8 @@ def main(folder: Path, rank: int, world: int) -> None:
         and all(module.training for module in model.modules())
         and flags == [p.requires_grad for p in model.parameters()]
     )
+    adapted = sharded(made(Adapted))
+    found["divided"] = tda.lead(adapted, lambda: divided(adapted))
     found["resumed"] = resumed(model, folder)
     found["refusals"] = refusals(model, folder)
     found["losses"] = steps(model)

@@ -18,7 +18,7 @@ from sharded_run import TRAIN, Adapted, InPlace, Recurrent, Transformer, X, Y, l
 from torch import Tensor, nn
 
 SCRIPT = Path(sharded_run.__file__)
-LIMIT = 120  # seconds, of processes that hang
+LIMIT = 600  # seconds, of processes that hang
 
 
 def spawned(folder: Path, world: int) -> list[subprocess.Popen]:
@@ -105,6 +105,17 @@ def test_in_the_precision_of_the_shards_policy_rows_are_near(found: dict[str, An
     assert path == "tap"
     assert not torch.equal(rows, wanted)
     assert (rows - wanted).norm(dim=1).div(wanted.norm(dim=1)).max() < 0.1
+
+
+def test_processes_divide_a_batch_by_example(found: dict[str, Any]) -> None:
+    """As evenly as can be; an error in one of them is the leader's, and they go on."""
+    divided = found["divided"]
+    assert divided["ranks of 5"] == [0, 0, 1, 1, 1]
+    assert divided["ranks of 2"] == [0, 1]
+    assert divided["ranks of 1"] == [0]
+    assert divided["said"] == "on rank 1"
+    log_odds = torch.special.logit(torch.exp(-entropy(made(Adapted), (X, Y))))
+    torch.testing.assert_close(divided["outputs"], log_odds, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("recipe", sharded_run.RECIPES)

@@ -33,7 +33,7 @@ from tda.gradients.factors import (
     Outer,
     materialise,
 )
-from tda.gradients.passes import Passes
+from tda.gradients.passes import Passes, Reduction
 from tda.gradients.rules import InseparableError, matrix_shape
 from tda.gradients.sharded import session_of
 from tda.gradients.tap import Consume, ModifiedError
@@ -122,6 +122,11 @@ class Gradients:
         self._copied: frozenset[str] = frozenset()
 
     @property
+    def num_shares(self) -> int:
+        """Processes that `reduced` divides a batch among."""
+        return self._passes.num_shares
+
+    @property
     def _tolerance(self) -> float:
         """Of errors that rounding makes, in the precision of the pass."""
         kinds = {self._passes.autocast, *(p.dtype for p in self.parameters.values())}
@@ -158,12 +163,27 @@ class Gradients:
         have the gradients found here, else the exact path takes over. Raises GradientError where
         the examples of a batch are not independent.
         """
+        path = self._audited(batch, num_examples).path
+        return self._run(path, batch, num_examples, self._here(consume))
+
+    def reduced(
+        self, batch: Any, num_examples: int, reduction: Reduction
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+        """As a call with what ``reduction(num_examples, device)`` takes factors by, and what that
+        gives: tensors ``[example, …]``. Processes that share a model divide the batch."""
+        passes, path = self._passes, self._audited(batch, num_examples).path
+        if path == "tap" and 1 < passes.num_shares <= num_examples:
+            return passes.shared(batch, num_examples, self._copied, reduction)
+        consume, result = reduction(num_examples, self.device)
+        return *self._run(path, batch, num_examples, self._here(consume)), result()
+
+    def _audited(self, batch: Any, num_examples: int) -> Audit:
         if self.audited is None:
             self._put_channels_last(batch)
             self.audited = self._audit(batch, num_examples)
             fell_back = self.audited.path != "tap"
             log.log(logging.WARNING if fell_back else logging.INFO, "%s", self.audited)
-        return self._run(self.audited.path, batch, num_examples, self._here(consume))
+        return self.audited
 
     def _put_channels_last(self, batch: Any) -> None:
         """Pictures are convolved faster so by a processor, if the model's code can have it so."""

@@ -34,8 +34,8 @@ class _Measured(nn.Module):
         return self.measure(self.model, batch)
 
 
-def example_of(batch: Any, index: int, num_examples: int) -> Any:
-    """The batch that holds only example ``index``. Raises GradientError if it cannot be cut."""
+def examples_of(batch: Any, span: slice, num_examples: int) -> Any:
+    """The batch that holds only some examples. Raises GradientError if it cannot be cut."""
 
     def cut(value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -47,9 +47,14 @@ def example_of(batch: Any, index: int, num_examples: int) -> Any:
                 wanted="the examples along the first axis of every tensor",
                 do="mend the collate function of the Task",
             )
-        return value[index : index + 1]
+        return value[span]
 
     return tree_map(cut, batch)
+
+
+def example_of(batch: Any, index: int, num_examples: int) -> Any:
+    """The batch that holds only example ``index``. Raises GradientError if it cannot be cut."""
+    return examples_of(batch, slice(index, index + 1), num_examples)
 
 
 @contextmanager

@@ -25,8 +25,12 @@ def lead(model: nn.Module, work: Callable[[], T]) -> T | None:
     in ``work`` may wait for them. Afterwards the model has the weights, mode and gradients' flags
     it had before.
 
-    What ``work`` raises is raised on rank 0 once the others are let go. Where a process dies the
-    others end as well; the same program resumes.
+    Rows are computed by all processes, each of some of a batch's examples (with a metric other than
+    "euclidean", and in passes that fit a curvature, by each of all); batches of size "auto" are
+    larger by their number.
+
+    What ``work`` raises is raised on rank 0 once the others are let go. Where a process dies, or a
+    pass fails in one alone, the others end as well; the same program resumes.
 
     Raises TaskError unless torch.distributed is initialised and the model is sharded by FSDP2, the
     root included; ClusterError where the processes lose each other.

@@ -18,6 +18,9 @@ from tda.measurements import Measurement
 from tda.products import fast_products
 
 Function = Callable[..., Any]
+# (number of examples, device) -> what takes their factors, and what gives what became of these:
+# tensors [example, …] on the CPU. Pickles.
+Reduction = Callable[[int, torch.device], tuple[Consume, Callable[[], tuple[Tensor, ...]]]]
 
 
 class Passes:
@@ -27,6 +30,7 @@ class Passes:
     """
 
     paths: tuple[str, ...] = ("tap", "vmap", "loop")  # best first
+    num_shares = 1  # processes among which a batch can be divided
 
     def __init__(
         self,
@@ -61,6 +65,12 @@ class Passes:
             return factors_of(
                 self.model, self.parameters, self._measure, batch, num_examples, consume, copied
             )
+
+    def shared(
+        self, batch: Any, num_examples: int, copied: frozenset[str], reduction: Reduction
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+        """As `tap`, and what ``reduction`` gives; each process of a share of the batch."""
+        raise NotImplementedError("a model that is whole has nobody to share with")
 
     def exact(
         self, path: str, batch: Any, num_examples: int, consume: Consume

@@ -2,7 +2,8 @@
 
 Every process calls `tda.lead`. Rank 0 runs the work, and alone reads data, decides and writes; each
 pass of the model that it comes to is told to the others, who take part with their share of the
-weights and drop what comes out. So nothing but passes has to be the same everywhere.
+weights and drop what comes out. So nothing but passes has to be the same everywhere. The rows of a
+table, which most passes are for, are divided: each process computes those of some of the examples.
 
 The model is used as it lies. FSDP2 gathers a module's parameters for each use into tensors that are
 always the same objects (their storage is freed in between), by which a tap knows them.
@@ -26,7 +27,7 @@ from tda.cluster.delivery import pack, unpack
 from tda.errors import ClusterError, GradientError, TaskError
 from tda.gradients import exact
 from tda.gradients.factors import Factor
-from tda.gradients.passes import Function, Passes, to
+from tda.gradients.passes import Function, Passes, Reduction, to
 from tda.gradients.tap import Consume
 from tda.measurements import Measurement
 
@@ -69,9 +70,10 @@ class Session:
         self.parameters = _gathered_objects(model)
         self._control = dist.new_group(backend="gloo", timeout=_FOREVER)
         self._made: list[Sharded] = []  # the same in every process
+        self._reductions: list[Reduction] = []  # likewise
         self._before: dict[str, Tensor] | None = None  # this process's share, once others came
         self._loaded: Weights | None = None
-        self._in_step = True
+        self.in_step = True
 
     @contextmanager
     def open(self) -> Iterator[Session]:
@@ -110,6 +112,14 @@ class Session:
                 self._load(weights)
             self._loaded = weights
 
+    def number_of(self, reduction: Reduction) -> int:
+        """By which every process knows it; it is sent once."""
+        known = [number for number, r in enumerate(self._reductions) if r is reduction]
+        if not known:
+            with self.told("keep", reduction):
+                self._keep(reduction)
+        return known[0] if known else len(self._reductions) - 1
+
     @contextmanager
     def told(self, name: str, *args: Any) -> Iterator[None]:
         """What is done inside is done by the others as well: ``self._name(*args)``.
@@ -120,7 +130,7 @@ class Session:
         try:
             yield
         except torch.OutOfMemoryError as error:  # not at the same place in every process
-            self._in_step = False
+            self.in_step = False
             raise GradientError(
                 "a device has no memory for a pass of a model that is sharded",
                 found=str(error).partition(". ")[0],
@@ -128,26 +138,27 @@ class Session:
                 "chunks are kept, and the same call resumes",
             ) from error
         except Exception:
-            self._tell("nothing")  # raises where another process has ended
+            if self.in_step:
+                self._tell("nothing")  # raises where another process has ended
             raise
         except BaseException:
-            self._in_step = False
+            self.in_step = False
             raise
 
     def dismiss(self) -> None:
         """Let the others go. Out of step they find out as this process ends."""
-        if self._in_step:
+        if self.in_step:
             self._tell("leave")
 
     def _tell(self, name: str, *args: Any) -> None:
-        if not self._in_step:
+        if not self.in_step:
             raise _lost("this process has left a pass half way")
         message = pack((name, args))
         try:
             dist.broadcast_object_list([message], LEADER, self._control)
             hindered = self._hindered(None)
         except BaseException as error:
-            self._in_step = False
+            self.in_step = False
             if isinstance(error, RuntimeError):
                 raise _lost(str(error).partition("\n")[0]) from error
             raise
@@ -175,8 +186,10 @@ class Session:
                     getattr(self, f"_{name}")(*args)
                 except torch.OutOfMemoryError:
                     raise
-                except Exception:  # the leader has the same, and decides
-                    continue
+                except Exception:
+                    if not self.in_step:
+                        raise
+                    continue  # the leader has the same, and decides
 
     def _hear(self) -> tuple[str, tuple]:
         asked: tuple[str, tuple] = "nothing", ()
@@ -202,6 +215,45 @@ class Session:
         getattr(self._made[number], name)(*args)
 
     # What every process does.
+
+    def _keep(self, reduction: Reduction) -> None:
+        self._reductions.append(reduction)
+
+    def share(self, number: int, num_examples: int) -> tuple[slice, Reduction]:
+        """This process's examples of a batch, and the reduction of that number."""
+        rank, world = dist.get_rank(), dist.get_world_size()
+        ends = num_examples * rank // world, num_examples * (rank + 1) // world
+        return slice(*ends), self._reductions[number]
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """A pass in which processes see different examples: what stops one would hang the others.
+
+        So that process has to end, and they end with it. Raises GradientError.
+        """
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            self.in_step = False
+            raise
+        except Exception as error:
+            self.in_step = False
+            raise GradientError(
+                "a pass fails in one of the processes that share a model",
+                where=f"process {dist.get_rank()}",
+                found=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
+                do="mend or leave out the example (batch_size=1 shows which it is); finished "
+                "chunks are kept, and the same program resumes",
+            ) from error
+
+    def collect(self, part: Any) -> list[Any]:
+        """On the leader the parts of all, in order. Raises what any gave in place of a part."""
+        parts: list[Any] = [None] * dist.get_world_size()
+        leads = dist.get_rank() == LEADER
+        dist.gather_object(part, parts if leads else None, LEADER, self._control)
+        for error in (p for p in parts if isinstance(p, Exception)):
+            raise error
+        return parts
 
     def _gather(self) -> Weights:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -253,6 +305,7 @@ class Sharded(Passes):
         super().__init__(session.model, parameters, measurement, session.device, autocast)
         self._session = session
         self._frozen = False
+        self.num_shares = dist.get_world_size()
 
     def tap(self, batch: Any, num_examples: int, copied: frozenset[str], consume: Consume):
         self._frozen = True
@@ -260,6 +313,27 @@ class Sharded(Passes):
             return super().tap(batch, num_examples, copied, consume)
         finally:
             self._frozen = False
+
+    def share(
+        self, batch: Any, num_examples: int, copied: frozenset[str], number: int
+    ) -> list[tuple[Tensor, Tensor | None, tuple[Tensor, ...]]]:
+        """By each process of its examples; on the leader the parts of all."""
+        span, reduction = self._session.share(number, num_examples)
+        count = span.stop - span.start
+        few = exact.examples_of(batch, span, num_examples)
+        part: Any
+        try:
+            consume, result = reduction(count, self.device)
+            held = _Held(consume)
+            with self._session.apart():
+                output, hidden = Sharded.tap(self, few, count, copied, held)
+            held.check()
+            part = output.cpu(), None if hidden is None else hidden.cpu(), result()
+        except Exception as error:
+            if not self._session.in_step:
+                raise
+            part = error
+        return self._session.collect(part)
 
     def alone(self, example: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """∇f comes to the CPU parameter by parameter: whole it might not fit the device."""
@@ -318,13 +392,29 @@ class Leading(Sharded):
         held = _Held(consume)
         with self._told("tap", batch, num_examples, copied, _drop):
             result = super().tap(batch, num_examples, copied, held)
-        return held.given(result)
+        held.check()
+        return result
+
+    def shared(
+        self, batch: Any, num_examples: int, copied: frozenset[str], reduction: Reduction
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+        number = self._session.number_of(reduction)
+        with self._told("share", batch, num_examples, copied, number):
+            parts = self.share(batch, num_examples, copied, number)
+        outputs, hidden, reduced = zip(*parts, strict=True)
+        known = [h for h in hidden if h is not None]
+        return (
+            torch.cat(outputs),
+            torch.cat(known) if len(known) == len(parts) else None,
+            tuple(torch.cat(each) for each in zip(*reduced, strict=True)),
+        )
 
     def exact(self, path: str, batch: Any, num_examples: int, consume: Consume):
         held = _Held(consume)
         with self._told("exact", path, batch, num_examples, _drop):
             result = super().exact(path, batch, num_examples, held)
-        return held.given(result)
+        held.check()
+        return result
 
     def alone(self, example: Any) -> tuple[Tensor, dict[str, Tensor]]:
         with self._told("alone", example):
@@ -360,11 +450,10 @@ class _Held:
             except Exception as error:
                 self._error = error
 
-    def given(self, result: T) -> T:
-        """The pass's result. Raises what was kept."""
+    def check(self) -> None:
+        """Raises what was kept."""
         if self._error is not None:
             raise self._error
-        return result
 
 
 def _drop(name: str, factors: list[Factor]) -> None:
