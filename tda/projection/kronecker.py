@@ -12,6 +12,7 @@ from torch import Tensor
 from tda.errors import StoreError
 from tda.gradients import Factor, Outer
 from tda.npz import read_npz
+from tda.products import fast_products
 from tda.projection.sketches import CountSketch, Identity
 from tda.projection.tiles import Shapes, Tile, random_signs, square_norm, total
 
@@ -146,15 +147,18 @@ def _leading(moment: Tensor, rank: int, seed: int, name: str) -> Tensor:
     """``[size, rank]``: leading eigenvectors, the largest eigenvalue first.
 
     Of few by subspace iteration from random signs (Halko et al. 2011, algorithm 4.4): what it
-    confuses are neighbours of like eigenvalues, which serve as well.
+    confuses are neighbours of like eigenvalues, which serve as well. In float32 but for the last
+    step, which takes out what rounding has put in.
     """
     size, more = len(moment), 2 * rank
     if 4 * more > size:
         return torch.linalg.eigh(moment)[1][:, -rank:].flip(1)
-    start = random_signs(size * more, seed, name + "/start").reshape(size, more).to(moment)
-    span = torch.linalg.qr(moment @ start)[0]
-    for _ in range(_SUBSPACE_STEPS):
-        span = torch.linalg.qr(moment @ span)[0]
+    span = random_signs(size * more, seed, name + "/start").reshape(size, more).float()
+    rounded = (moment / moment.abs().max().clamp(min=torch.finfo(moment.dtype).tiny)).float()
+    with fast_products():
+        for _ in range(_SUBSPACE_STEPS):
+            span = torch.linalg.qr(rounded @ span)[0]
+    span = torch.linalg.qr(moment @ span.to(moment))[0]
     turn = torch.linalg.eigh(span.T @ moment @ span)[1]
     return span @ turn[:, -rank:].flip(1)
 
