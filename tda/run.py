@@ -19,6 +19,7 @@ from tda.errors import MismatchError, StoreError, TaskError
 from tda.featurizer import Featurizer, filler
 from tda.filling import Filling
 from tda.gradients import shapes_of
+from tda.layout import is_sharded
 from tda.progress import progress_bar
 from tda.projection import Bases, Projection, bases_from_bytes
 from tda.recipe import Recipe
@@ -91,6 +92,11 @@ class Run:
         self._featurizer: Featurizer | None = None
 
     def __reduce__(self) -> tuple:
+        if self.task is not None and is_sharded(self.task.model):
+            raise TaskError(
+                "a model that is sharded does not leave the processes it lies on",
+                do="leave `workers` and clusters out: these processes share its passes as it is",
+            )
         return Run, (self.store, self.task)  # a worker makes its own featurizer
 
     def __repr__(self) -> str:

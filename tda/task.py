@@ -220,14 +220,6 @@ class Task:
         if metric != "euclidean":
             self._require_optimizers()
 
-    def __getstate__(self) -> dict[str, Any]:
-        if is_sharded(self.model):
-            raise TaskError(
-                "a model that is sharded does not leave the processes it lies on",
-                do="leave `workers` and clusters out: these processes share its passes as it is",
-            )
-        return vars(self)
-
     @property
     def autocast(self) -> torch.dtype | None:
         """The dtype of the forward and backward pass, None for the model's own."""

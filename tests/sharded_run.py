@@ -233,7 +233,7 @@ def refusals(model: nn.Module, folder: Path) -> dict[str, str]:
         tell("conjugate gradients", lambda: tda.attribute(
             tda.Task(model, weights), (X, Y), (X, Y), "influence_cg",
             progress=False))  # fmt: skip
-        tell("workers", lambda: pickle.dumps(task))
+        tell("workers", lambda: pickle.dumps(tda.Run(None, task)))  # type: ignore[arg-type]
         tell("a bad measurement", lambda: tda.index(
             tda.Task(model, weights, lambda model, batch: model(batch[0])), TRAIN,
             folder / "bad", progress=False))  # fmt: skip

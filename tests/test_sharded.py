@@ -14,8 +14,14 @@ import numpy as np
 import pytest
 import sharded_run
 import torch
+import torch.distributed as dist
 from sharded_run import TRAIN, Adapted, InPlace, Recurrent, Transformer, X, Y, log_loss, made
 from torch import Tensor, nn
+from typer.testing import CliRunner
+
+import tda
+from tda.cli import app
+from tda.gradients.sharded import is_open
 
 SCRIPT = Path(sharded_run.__file__)
 LIMIT = 600  # seconds, of processes that hang
@@ -165,3 +171,95 @@ def test_afterwards_the_model_is_as_it_was_and_trains_on(found: dict[str, Any]) 
 def test_what_cannot_be_is_refused_by_name(found: dict[str, Any], call: str, said: str) -> None:
     """By the leader alone, and whoever follows is none the worse: what came after went well."""
     assert re.search(said, found["refusals"][call], re.DOTALL), found["refusals"].get(call)
+
+
+JOB = """
+import os
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+import tda
+
+X = torch.randn(40, 6, generator=torch.Generator().manual_seed(1))
+Y = (X.sum(1) > 0).long()
+
+def task():
+    if "RANK" in os.environ and not dist.is_initialized():
+        store = dist.FileStore(os.environ["STORE"], int(os.environ["WORLD_SIZE"]))
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    torch.manual_seed(2)
+    model = torch.nn.Linear(6, 2)
+    weights = model.state_dict()
+    return tda.Task(fully_shard(model) if dist.is_initialized() else model, weights)
+
+def train():
+    return {"input": X[:33], "target": Y[:33]}
+
+def test():
+    return {"input": X[33:], "target": Y[33:]}
+"""
+
+CONFIG = """
+[run]
+path = "{path}"
+[workload]
+task = "job.py:task"
+train = "job.py:train"
+queries = {{ test = "job.py:test" }}
+[projection]
+kind = "identity"
+dim = 14
+[index]
+dtype = "float32"
+chunk_rows = 10
+"""
+
+
+@pytest.fixture
+def workload(tmp_path: Path) -> Path:
+    """A configuration whose task shards its model where processes are connected."""
+    (tmp_path / "job.py").write_text(JOB)
+    (tmp_path / "workload.toml").write_text(CONFIG.format(path=tmp_path / "run"))
+    return tmp_path / "workload.toml"
+
+
+def scores_of(path: Path) -> np.ndarray:
+    return np.asarray(tda.open(path).scores("test", recipe="grad_dot"))
+
+
+def test_a_command_leads_where_its_task_is_sharded(tmp_path: Path, workload: Path) -> None:
+    """And lets go as it ends: the next can, and what is whole needs nobody."""
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        for command in ("index", "verify"):
+            given = [command, str(workload), *(["--deep"] if command == "verify" else [])]
+            done = CliRunner().invoke(app, given)
+            assert done.exit_code == 0, done.output
+            assert not is_open()
+    finally:
+        dist.destroy_process_group()
+    sharded = scores_of(tmp_path / "run")
+    path = tmp_path / "whole"
+    done = CliRunner().invoke(app, ["index", str(workload), "--set", f"run.path={path}"])
+    assert done.exit_code == 0, done.output
+    np.testing.assert_allclose(sharded, scores_of(path), rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_command_in_two_processes_is_one_command(tmp_path: Path, workload: Path) -> None:
+    environment = {**os.environ, "WORLD_SIZE": "2", "STORE": str(tmp_path / "store")}
+    pair = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tda.cli", "index", str(workload)],
+            env={**environment, "RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=LIMIT)[0] for process in pair]
+    assert [process.returncode for process in pair] == [0, 0]
+    assert said == [f"{tmp_path / 'run'}\n", ""]
+    assert scores_of(tmp_path / "run").shape == (7, 33)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any, TypeVar
 
 import typer
 from typer.core import TyperGroup
@@ -10,8 +11,18 @@ from typer.core import TyperGroup
 from tda.cluster import PreemptedError
 from tda.errors import TdaError
 
+T = TypeVar("T")
+
 INTERRUPTED = 130  # the shell's convention for a process ended by Ctrl-C
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, run it again
+
+
+_HELD = ExitStack()
+
+
+def until_the_end(resource: AbstractContextManager[T]) -> T:
+    """Enter it, and leave it when the command ends."""
+    return _HELD.enter_context(resource)
 
 
 class Commands(TyperGroup):
@@ -19,7 +30,8 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with _HELD:
+                return super().invoke(ctx)
         except TdaError as error:
             typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
             typer.echo(str(error), err=True)

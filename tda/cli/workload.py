@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import typer
 
 import tda
+from tda.cli.exits import until_the_end
 from tda.cluster import remade
 from tda.code import load_code
 from tda.config import Config, QuerySection, ValueSection, load_config
@@ -129,8 +130,11 @@ def find_path(target: str, overrides: Sequence[str]) -> Place:
 def task_of(config: Config) -> Task:
     """The task that the configuration's code builds; workers build their own.
 
-    Raises ConfigError if it is something else.
+    With a sharded model the command goes on in the process that leads (`tda.lead`); the others
+    follow until it ends. Raises ConfigError if it is something else.
     """
+    from tda.gradients.leading import leading
+    from tda.layout import is_sharded
     from tda.task import Task
 
     task = config.build_task()
@@ -141,6 +145,8 @@ def task_of(config: Config) -> Task:
             found=type(task).__name__,
             wanted="a function that returns a tda.Task",
         )
+    if is_sharded(task.model) and not until_the_end(leading(task.model)):
+        raise typer.Exit
     return remade(task, partial(task_of, config))
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -35,26 +36,45 @@ def lead(model: nn.Module, work: Callable[[], T]) -> T | None:
     Raises TaskError unless torch.distributed is initialised and the model is sharded by FSDP2, the
     root included; ClusterError where the processes lose each other.
     """
-    _require(model, work)
+    if not callable(work):
+        raise TaskError(
+            "tda.lead takes a model and a function without arguments",
+            found=type(work).__name__,
+            wanted="tda.lead(model, work)",
+            do="give what is to be done as a function: tda.lead(model, lambda: tda.index(…))",
+        )
+    with leading(model) as leads:
+        if not leads:
+            return None
+        with on_sigterm():
+            return work()
+
+
+@contextmanager
+def leading(model: nn.Module) -> Iterator[bool]:
+    """Whether this process leads inside; one that does not has followed until the leader was done.
+
+    Raises TaskError, ClusterError.
+    """
+    _require(model)
     with Session(model).open() as session:
         if dist.get_rank() != LEADER:
             session.follow()
-            return None
-        with on_sigterm():
-            try:
-                return work()
-            finally:
-                session.dismiss()
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            session.dismiss()
 
 
-def _require(model: Any, work: Any) -> None:
+def _require(model: Any) -> None:
     """Raises TaskError for what cannot be led."""
-    if not isinstance(model, nn.Module) or not callable(work):
+    if not isinstance(model, nn.Module):
         raise TaskError(
-            "tda.lead takes a model and a function without arguments",
-            found=f"{type(model).__name__}, {type(work).__name__}",
+            "the model is not a torch module",
+            found=type(model).__name__,
             wanted="tda.lead(model, work)",
-            do="give what is to be done as a function: tda.lead(model, lambda: tda.index(…))",
         )
     by = sharded_by(model)
     if by is None:

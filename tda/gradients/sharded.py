@@ -53,7 +53,7 @@ def session_of(model: nn.Module) -> Session:
         found="another model than that of tda.lead" if _OPEN else "no tda.lead around this call",
         wanted="every process in tda.lead(model, work), and this call in work",
         do="def work(): … tda.index(tda.Task(model, …), …) …; tda.lead(model, work), started by "
-        "torchrun",
+        "torchrun (a command does so by itself, of a task whose checkpoints are given)",
     )
 
 
