@@ -294,35 +294,52 @@ def plot(tasks: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """LDS on halves against bytes an example, one panel a task, one line a projection."""
     from matplotlib.figure import Figure
 
-    shown = {
-        name: [
-            r for r in task["rows"] if r["cell"]["part"] == "curve" and "half" in r.get("lds", {})
-        ]
-        for name, task in tasks.items()
-    }
-    shown = {name: rows for name, rows in shown.items() if rows}
+    shown = {name: curves(task["rows"]) for name, task in tasks.items()}
+    shown = {name: lines for name, lines in shown.items() if lines}
     if not shown:
         return
-    figure = Figure(figsize=(4 * len(shown), 3.4), layout="constrained")
-    for panel, (name, rows) in enumerate(shown.items()):
+    labels = sorted({label for lines in shown.values() for label in lines})
+    figure = Figure(figsize=(4 * len(shown), 3.9), layout="constrained")
+    for panel, (name, lines) in enumerate(shown.items()):
         axes = figure.add_subplot(1, len(shown), panel + 1)
-        for method, kind, dtype in sorted({_line(row) for row in rows}):
-            line = sorted(
-                (row["bytes_per_example"], _value(row, "half"))
-                for row in rows
-                if _line(row) == (method, kind, dtype)
-            )
-            stored = "" if dtype == "bfloat16" else f", {dtype}"
-            name_of = f"{method}, {kind.replace('_', ' ')}{stored}"
-            axes.plot(*zip(*line, strict=True), marker="o", label=name_of)
+        for label, points in sorted(lines.items()):
+            color = f"C{labels.index(label)}"
+            axes.plot(*zip(*points, strict=True), marker="o", color=color, label=label)
+        whole = [row for row in tasks[name]["rows"] if _is_whole(row)]
+        for row in whole:
+            axes.axhline(_value(row, "half"), color="gray", ls="--", label=UNPROJECTED)
         axes.set(title=name, xlabel="bytes an example", ylabel="LDS, halves")
         axes.set_xscale("log", base=2)
-        axes.legend(fontsize="small")
+    handles = {
+        label: handle
+        for axes in figure.axes
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=150, metadata={"Software": None})
 
 
-def _line(row: Row) -> tuple[str, ...]:
-    return tuple(row["cell"][name] for name in ("method", "projection", "dtype"))
+UNPROJECTED = "influence_ekfac, not projected"
+
+
+def curves(rows: Iterable[Row]) -> dict[str, list[tuple[float, float]]]:
+    """label → [(bytes an example, LDS on halves)] of what is drawn."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        cell = row["cell"]
+        if cell["part"] == "curve" and "half" in row.get("lds", {}):
+            dtype = "" if cell["dtype"] == "bfloat16" else f", {cell['dtype']}"
+            label = f"{cell['method']}, {cell['projection'].replace('_', ' ')}{dtype}"
+            lines.setdefault(label, []).append((row["bytes_per_example"], _value(row, "half")))
+    return {label: sorted(points) for label, points in lines.items()}
+
+
+def _is_whole(row: Row) -> bool:
+    """Of EK-FAC on one model, nothing projected, as the engine has it."""
+    cell = row["cell"]
+    known = {"kind": "recipe", "method": "influence_ekfac", "projection": None, "damping": "auto"}
+    one = {"checkpoints": "last", "number": 1, "part": "table", "query": "own", "blocks": "own"}
+    return all(cell[key] == value for key, value in (known | one).items()) and "lds" in row
 
 
 def between_markers(text: str, name: str, content: str) -> str:
