@@ -50,6 +50,17 @@ def test_a_precision_that_the_user_has_chosen_stays(faster):
         torch.set_float32_matmul_precision("highest")
 
 
+def test_whether_products_are_faster_is_not_asked_under_a_chosen_precision(monkeypatch):
+    """The answer is kept, and would be no for good."""
+    monkeypatch.setattr(products, "_are_faster", lambda: pytest.fail("asked"))
+    torch.set_float32_matmul_precision("high")
+    try:
+        with products.fast_products():
+            pass
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_a_failure_inside_leaves_the_setting_as_it_was(faster):
     with pytest.raises(ZeroDivisionError), products.fast_products():
         raise ZeroDivisionError
