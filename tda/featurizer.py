@@ -75,8 +75,8 @@ class Features:
         first, last = int(places[0]), int(places[-1]) + 1
         in_order = last - first == len(places) and bool((np.diff(places) == 1).all())
         where = slice(first, last) if in_order else torch.from_numpy(places)
-        self.rows[where] = part.rows
-        self.embedding[where] = part.embedding
+        self.rows[where] = part.rows.to(self.rows.dtype)
+        self.embedding[where] = part.embedding.to(self.embedding.dtype)
         for name, values in part.columns.items():
             self.columns[name][where] = values
 
