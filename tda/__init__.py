@@ -28,7 +28,7 @@ if TYPE_CHECKING:
         TaskError,
         TdaError,
     )
-    from tda.gradients.leading import lead
+    from tda.gradients.sharded.leading import lead
     from tda.indexing import index
     from tda.measurements import MEASUREMENTS, Measurement
     from tda.projection import Projection
@@ -52,7 +52,7 @@ _HOMES = {
     "MEASUREMENTS": "tda.measurements",
     "Projection": "tda.projection",
     "index": "tda.indexing",
-    "lead": "tda.gradients.leading",
+    "lead": "tda.gradients.sharded.leading",
     "open": "tda.run",
     "Run": "tda.run",
     "attribute": "tda.unprojected.streaming",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tda.data import Collate
 from tda.errors import TaskError
-from tda.gradients.sharded import session_of
+from tda.gradients.sharded.session import session_of
 from tda.layout import class_of, is_sharded, require_numbers, require_whole
 from tda.measurements import as_measurement
 from tda.training.optimizer import OptimizerState, read_state

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 import tda
 from tda.cli import app
-from tda.gradients.sharded import is_open
+from tda.gradients.sharded.session import is_open
 
 SCRIPT = Path(sharded_run.__file__)
 LIMIT = 600  # seconds, of processes that hang

@@ -133,7 +133,7 @@ def task_of(config: Config) -> Task:
     With a sharded model the command goes on in the process that leads (`tda.lead`); the others
     follow until it ends. Raises ConfigError if it is something else.
     """
-    from tda.gradients.leading import leading
+    from tda.gradients.sharded.leading import leading
     from tda.layout import is_sharded
     from tda.task import Task
 

@@ -5,8 +5,7 @@
     tap.py       finds every use of a parameter, in one forward and one backward
     exact.py     vmap(vjp) and one-example loops: the fallback, and the audit's oracle
     passes.py    these, as passes of one model under the same conditions
-    sharded.py   passes of a model that is spread over processes, told by one to the others
-    leading.py   `tda.lead`, under which that is done
+    sharded/     passes of a model that is spread over processes, told by one to the others
 
 `Gradients` ties them together and audits itself on the first batch it sees.
 """
@@ -35,7 +34,7 @@ from tda.gradients.factors import (
 )
 from tda.gradients.passes import Passes, Reduction
 from tda.gradients.rules import InseparableError, matrix_shape
-from tda.gradients.sharded import session_of
+from tda.gradients.sharded.session import session_of
 from tda.gradients.tap import Consume, ModifiedError
 from tda.layout import is_sharded, is_spread
 from tda.malloc import keep_freed

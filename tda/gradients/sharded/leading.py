@@ -11,7 +11,8 @@ from torch import nn
 
 from tda.cluster.leaving import on_sigterm
 from tda.errors import TaskError
-from tda.gradients.sharded import LEADER, Session, is_open
+from tda.gradients.sharded.passes import LEADER
+from tda.gradients.sharded.session import Session, is_open
 from tda.layout import FSDP2, require_numbers, require_whole, sharded_by
 
 T = TypeVar("T")

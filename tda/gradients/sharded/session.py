@@ -1,23 +1,13 @@
-"""A model that torch's FSDP2 has spread over processes: one leads, the others follow its passes.
-
-Every process calls `tda.lead`. Rank 0 runs the work, and alone reads data, decides and writes; each
-pass of the model that it comes to is told to the others, who take part with their share of the
-weights and drop what comes out. So nothing but passes has to be the same everywhere. The rows of a
-table, which most passes are for, are divided: each process computes those of some of the examples.
-
-The model is used as it lies. FSDP2 gathers a module's parameters for each use into tensors that are
-always the same objects (their storage is freed in between), by which a tap knows them.
-"""
+"""The processes of a sharded model: the leader tells what is done, and the others follow."""
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,16 +15,11 @@ from torch import Tensor, nn
 
 from tda.cluster.delivery import pack, unpack
 from tda.errors import ClusterError, GradientError, TaskError
-from tda.gradients import exact
-from tda.gradients.factors import Factor
-from tda.gradients.passes import Function, Passes, Reduction, to
-from tda.gradients.tap import Consume
+from tda.gradients.passes import Reduction
+from tda.gradients.sharded.passes import LEADER, Leading, Sharded
+from tda.gradients.sharded.weights import Weights, gathered_objects, shares
 from tda.measurements import Measurement
 
-T = TypeVar("T")
-Weights = Mapping[str, Tensor]
-
-LEADER = 0
 _FOREVER = timedelta(days=365)  # followers wait while the leader reads, scores or writes
 _OPEN: list[Session] = []
 
@@ -67,7 +52,7 @@ class Session:
         self.model = model
         self._sharded = list(model.parameters())
         self.device = self._sharded[0].device
-        self.parameters = _gathered_objects(model)
+        self.parameters = gathered_objects(model)
         self._control = dist.new_group(backend="gloo", timeout=_FOREVER)
         self._made: list[Sharded] = []  # the same in every process
         self._reductions: list[Reduction] = []  # likewise
@@ -266,14 +251,14 @@ class Session:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
         if self._before is None:
-            self._before = {n: v.cpu().clone() for n, v in _shares(self.model).items()}
+            self._before = {n: v.cpu().clone() for n, v in shares(self.model).items()}
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         set_model_state_dict(self.model, dict(weights), options=options)
 
     def restore(self) -> None:
         """The weights as they were before any were loaded; on each process by itself."""
         if self._before is not None:
-            for name, value in _shares(self.model).items():
+            for name, value in shares(self.model).items():
                 value.copy_(self._before[name])
         self._loaded = self._before = None
 
@@ -290,228 +275,6 @@ class Session:
             for parameter, before in zip(self._sharded, required, strict=True):
                 parameter.requires_grad_(before)
             self.model.reset_iter_state()  # type: ignore[operator]  # an FSDPModule
-
-
-class Sharded(Passes):
-    """Passes of a sharded model, by each of its processes at the same time."""
-
-    paths = ("tap", "loop")  # vmap has no place for a parameter that comes and goes
-
-    def __init__(
-        self, session: Session, measurement: Measurement, autocast: torch.dtype | None
-    ) -> None:
-        trained = {n for n, p in session.model.named_parameters() if p.requires_grad}
-        parameters = {n: p for n, p in session.parameters.items() if n in trained}
-        super().__init__(session.model, parameters, measurement, session.device, autocast)
-        self._session = session
-        self._frozen = False
-        self.num_shares = dist.get_world_size()
-
-    def tap(self, batch: Any, num_examples: int, copied: frozenset[str], consume: Consume):
-        self._frozen = True
-        try:
-            return super().tap(batch, num_examples, copied, consume)
-        finally:
-            self._frozen = False
-
-    def share(
-        self, batch: Any, num_examples: int, copied: frozenset[str], number: int
-    ) -> list[tuple[Tensor, Tensor | None, tuple[Tensor, ...]]]:
-        """By each process of its examples; on the leader the parts of all."""
-        span, reduction = self._session.share(number, num_examples)
-        count = span.stop - span.start
-        few = exact.examples_of(batch, span, num_examples)
-        part: Any
-        try:
-            consume, result = reduction(count, self.device)
-            held = _Held(consume)
-            with self._session.apart():
-                output, hidden = Sharded.tap(self, few, count, copied, held)
-            held.check()
-            part = output.cpu(), None if hidden is None else hidden.cpu(), result()
-        except Exception as error:
-            if not self._session.in_step:
-                raise
-            part = error
-        return self._session.collect(part)
-
-    def alone(self, example: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """∇f comes to the CPU parameter by parameter: whole it might not fit the device."""
-        grads: dict[str, Tensor] = {}
-
-        def take(name: str, parameter: Tensor) -> None:
-            if dist.get_rank() == LEADER and parameter.grad is not None:
-                grads[name] = parameter.grad.cpu()
-            parameter.grad = None
-
-        with self._conditions(), exact.trained(self.parameters):
-            hooks = [
-                p.register_post_accumulate_grad_hook(partial(take, name))
-                for name, p in self.parameters.items()
-            ]
-            try:
-                output = self._measure(self.model, to(example, self.device))
-                if output.requires_grad:
-                    output.sum().backward()
-            finally:
-                for hook in hooks:
-                    hook.remove()
-        for name, p in self.parameters.items():
-            if name not in grads:
-                grads[name] = torch.zeros(p.shape, dtype=p.dtype)
-        return output.detach(), {name: grads[name] for name in self.parameters}
-
-    @contextmanager
-    def _conditions(self) -> Iterator[None]:
-        with self._session.using(self._frozen), super()._conditions():
-            yield
-
-
-class Leading(Sharded):
-    """The same by rank 0: told to the others, and done with them."""
-
-    def __init__(
-        self,
-        session: Session,
-        number: int,
-        measurement: Measurement,
-        autocast: torch.dtype | None,
-    ) -> None:
-        super().__init__(session, measurement, autocast)
-        self._number = number
-        self._weights: Weights | None = None
-
-    def load(self, weights: Weights) -> tuple[list[str], list[str]]:
-        whole, missing, unexpected = _fitted(self.model, weights)
-        if not (missing or unexpected):
-            self._weights = whole
-            self._session.hold(whole)
-        return missing, unexpected
-
-    def tap(self, batch: Any, num_examples: int, copied: frozenset[str], consume: Consume):
-        held = _Held(consume)
-        with self._told("tap", batch, num_examples, copied, _drop):
-            result = super().tap(batch, num_examples, copied, held)
-        held.check()
-        return result
-
-    def shared(
-        self, batch: Any, num_examples: int, copied: frozenset[str], reduction: Reduction
-    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
-        number = self._session.number_of(reduction)
-        with self._told("share", batch, num_examples, copied, number):
-            parts = self.share(batch, num_examples, copied, number)
-        outputs, hidden, reduced = zip(*parts, strict=True)
-        known = [h for h in hidden if h is not None]
-        return (
-            torch.cat(outputs),
-            torch.cat(known) if len(known) == len(parts) else None,
-            tuple(torch.cat(each) for each in zip(*reduced, strict=True)),
-        )
-
-    def exact(self, path: str, batch: Any, num_examples: int, consume: Consume):
-        held = _Held(consume)
-        with self._told("exact", path, batch, num_examples, _drop):
-            result = super().exact(path, batch, num_examples, held)
-        held.check()
-        return result
-
-    def alone(self, example: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        with self._told("alone", example):
-            return super().alone(example)
-
-    def forward(self, batch: Any) -> Tensor:
-        with self._told("forward", batch):
-            return super().forward(batch)
-
-    def apply(self, function: Function | None, batch: Any, *others: Any) -> Any:
-        with self._told("apply", function, batch, *others):
-            return super().apply(function, batch, *others)
-
-    @contextmanager
-    def _told(self, name: str, *args: Any) -> Iterator[None]:
-        if self._weights is not None:
-            self._session.hold(self._weights)  # others share the model, and may have loaded theirs
-        with self._session.told("pass", self._number, name, args):
-            yield
-
-
-class _Held:
-    """Keeps what ``consume`` raises until the pass, which others take part in, is over."""
-
-    def __init__(self, consume: Consume) -> None:
-        self._consume = consume
-        self._error: Exception | None = None
-
-    def __call__(self, name: str, factors: list[Factor]) -> None:
-        if self._error is None:
-            try:
-                self._consume(name, factors)
-            except Exception as error:
-                self._error = error
-
-    def check(self) -> None:
-        """Raises what was kept."""
-        if self._error is not None:
-            raise self._error
-
-
-def _drop(name: str, factors: list[Factor]) -> None:
-    """What a follower does with factors."""
-
-
-def _gathered_objects(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors that FSDP2 gathers parameters into; made when first used, a module at a time."""
-    from torch.distributed.fsdp import FSDPModule, fully_shard
-
-    fully_shard.state(model)._lazy_init()  # type: ignore[attr-defined]  # else the first pass does
-    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for module in modules:
-        module.reshard()
-    sharded = {name: id(parameter) for name, parameter in model.named_parameters()}
-    whole: dict[str, Tensor] = {}
-    for module in modules:
-        module.unshard()
-        whole |= {n: p for n, p in model.named_parameters() if id(p) != sharded[n]}
-        module.reshard()
-    parallel = [name for name, tensor in whole.items() if type(tensor).__name__ == "DTensor"]
-    if parallel or set(whole) != set(sharded):
-        raise TaskError(
-            "the model is sharded by more than FSDP2",
-            where=next(iter(parallel or set(sharded) - set(whole))),
-            found="a parameter that stays spread while it is used (tensor parallelism)",
-            wanted="fully_shard alone",
-            do="shard the model by fully_shard over all processes",
-        )
-    return {name: whole[name] for name in sharded}
-
-
-def _shares(model: nn.Module) -> dict[str, Tensor]:
-    """What this process holds of a state dict; writing to it changes the model."""
-    state = {n: v for n, v in model.state_dict().items() if isinstance(v, Tensor)}
-    return {n: getattr(v, "to_local", lambda v=v: v)() for n, v in state.items()}
-
-
-def _fitted(model: nn.Module, weights: Weights) -> tuple[Weights, list[str], list[str]]:
-    """The weights with every name of a tied parameter; names that miss, and that are unknown.
-
-    Raises RuntimeError naming a parameter of another shape.
-    """
-    state = model.state_dict(keep_vars=True)
-    given = {id(state[name]): weights[name] for name in weights if name in state}
-    twins = {n: given[id(v)] for n, v in state.items() if n not in weights and id(v) in given}
-    for name, value in weights.items():
-        if name in state and state[name].shape != value.shape:
-            raise RuntimeError(
-                f"size mismatch for {name}: {list(value.shape)}, in the model "
-                f"{list(state[name].shape)}"
-            )
-    missing = [name for name in state if name not in weights and name not in twins]
-    return (
-        {**weights, **twins} if twins else weights,
-        missing,
-        [n for n in weights if n not in state],
-    )
 
 
 @contextmanager
