@@ -47,8 +47,10 @@ def test_many_hostile_runs_are_detected_or_harmless(hostile, tmp_path, seed):
         ("filters", {"no.weight": 9}),
         ("filters", {"0.weight": 7}),
         ("filters", {"2.weight": 9}),
+        ("strides", {"no.weight": 4}),
+        ("strides", {"2.weight": 4}),
     ],
-    ids=["absent", "absent filter", "another kernel", "no filter"],
+    ids=["absent", "absent filter", "another kernel", "no filter", "absent stride", "no outer"],
 )
 def test_a_projection_of_another_models_parameters_is_refused(tmp_path, field, value):
     model = torch.nn.Sequential(

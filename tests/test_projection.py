@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import tda
+from tda.errors import ConfigError
 from tda.gradients import Dense, Factor, Lookup, Outer
 from tda.projection import Pilot, Projection, _stride
 from tda.projection import tiles as tiling
@@ -119,6 +120,14 @@ def test_only_large_layers_with_one_position_are_sketched_as_outer_products(tmp_
     name = tda.open(tmp_path / "run", task=task).add_queries(data, "same")
     queries = again.store.table(f"queries/{name}").rows(0, 0, 20)
     torch.testing.assert_close(queries, before, rtol=2**-7, atol=1e-6)  # train rows are bfloat16
+
+
+@pytest.mark.parametrize("stride", [3, 16])
+def test_a_stride_divides_the_row_and_goes_round_it_once(stride):
+    projection = Projection("count_sketch", DIM, rank_one=["w"], strides={"w": stride})
+    with pytest.raises(ConfigError, match="another model") as caught:
+        projection.bind({"w": (8, 500)})
+    assert caught.value.found == f"a stride of {stride}"
 
 
 def test_a_count_sketch_wider_than_the_model_is_the_gradient_itself():

@@ -160,9 +160,13 @@ class Projection:
     def bind(self, shapes: Shapes, bases: Bases | None = None) -> Projector:
         """The projection of a model's parameters; ``bases`` (of a `Pilot`) where it needs them.
 
-        Raises ConfigError where ``rank_one`` or ``filters`` are not those of such parameters.
+        Raises ConfigError where what was found by `resolve` is not of such parameters.
         """
         _check_fit(shapes, self.rank_one, self.filters)
+        for name, stride in self.strides.items():
+            fits = name in self.rank_one and self.dim % stride == 0
+            if not fits or stride * min(shapes[name]) > self.dim:
+                raise _misfit(name, f"a stride of {stride}")
         if self.kind == "identity":
             return Identity(shapes)
         if self.kind == "rademacher":
@@ -189,15 +193,21 @@ def _check_fit(shapes: Shapes, rank_one: Collection[str], filters: Mapping[str, 
     known = dict.fromkeys(rank_one, 1) | dict(filters)  # the kernel of a matrix is one
     for name, kernel in known.items():
         if name not in shapes or kernel < 1 or shapes[name][1] % kernel:
-            raise ConfigError(
-                "the projection is of another model",
-                where=f"projection, parameter {name!r}",
-                found="no such parameter"
-                if name not in shapes
-                else f"a kernel of {kernel} in rows of {shapes[name][1]}",
-                wanted="parameters of this model, and kernels that divide their rows",
-                do="give the task that the run was made by",
+            absent = name not in shapes
+            raise _misfit(
+                name, "no such parameter" if absent else f"a kernel of {kernel} in {shapes[name]}"
             )
+
+
+def _misfit(name: str, found: str) -> ConfigError:
+    return ConfigError(
+        "the projection is of another model",
+        where=f"projection, parameter {name!r}",
+        found=found,
+        wanted="parameters of this model, kernels that divide their rows, strides that divide dim "
+        "and go round it once",
+        do="give the task that the run was made by",
+    )
 
 
 class Projector(Protocol):
