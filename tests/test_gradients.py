@@ -94,6 +94,20 @@ class Cubed(torch.autograd.Function):
         return 3 * ctx.saved_tensors[0] ** 2 * grads[0]
 
 
+class Scaled(torch.autograd.Function):
+    """x·w² with a backward of its own, also to w."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return x * w * w
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = ctx.saved_tensors
+        return grads[0] * w * w, (grads[0] * x * 2 * w).sum(0)
+
+
 def linear(out: int = 4, inner: int = 5) -> nn.Module:
     return nn.Linear(inner, out)
 
@@ -271,6 +285,27 @@ def test_a_failure_leaves_the_model_as_it_was(index_exactly: Callable) -> None:
     with pytest.raises((RuntimeError, TdaError), match="out of order"):
         index_exactly(task, problems.problem("norms").train, batch_size=2)
     assert state_of(model) == before
+
+
+def test_a_function_with_a_backward_of_its_own_gives_its_parameter_a_gradient(
+    index_exactly: Callable,
+) -> None:
+    """Though no gradient is recorded inside its forward."""
+    model = Net(lambda net, x: net.one(Scaled.apply(x.sum(1), net.w)), one=linear(), w=free(5))
+    wanted = naive.rows(model, model.state_dict(), sequences(), problems.classified).df
+    run = index_exactly(classify(model), sequences(), batch_size=4)
+    assert naive.row_error(run.store.table("train").rows(0, 0, 12).numpy(), wanted) < TOLERANCE
+    assert "w is used where gradients are switched off" in str(run.featurizer().audit)
+
+
+def test_a_parameter_used_without_gradients_is_refused_by_name(index_exactly: Callable) -> None:
+    def run(net: Any, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            hidden = net.two(x.sum(1))
+        return net.one(hidden)
+
+    with pytest.raises(GradientError, match=r"switched off[^§]*two\.(weight|bias)"):
+        index_exactly(classify(Net(run, one=linear(), two=linear(5))), sequences())
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 0.0], ids=["nan", "inf", "gradient"])

@@ -35,7 +35,7 @@ from tda.gradients.factors import (
 from tda.gradients.passes import Passes, Reduction
 from tda.gradients.rules import InseparableError, matrix_shape
 from tda.gradients.sharded.session import session_of
-from tda.gradients.tap import Consume, ModifiedError
+from tda.gradients.tap import Consume, ModifiedError, SwitchedOffError
 from tda.layout import is_sharded, is_spread
 from tda.malloc import keep_freed
 from tda.measurements import Measurement
@@ -247,6 +247,11 @@ class Gradients:
         for path in self._passes.paths[:-1]:
             try:
                 fault = self._compare(path, batch, num_examples, wanted)
+            except SwitchedOffError as error:
+                # A torch.autograd.Function gives its parameters gradients all the same.
+                if not any(grads[error.name].any() for grads in wanted):
+                    raise _without_gradient(error.name) from error
+                fault = str(error)
             except (InseparableError, RuntimeError, ValueError, TypeError, AttributeError) as error:
                 fault = (str(error).splitlines() or [type(error).__name__])[0]
             if not fault:
@@ -309,6 +314,16 @@ class Gradients:
         for name in sorted(absent):
             check(name, None)
         return faults[0] if faults else ""
+
+
+def _without_gradient(name: str) -> GradientError:
+    return GradientError(
+        "a parameter is used where gradients are switched off, so it would get none",
+        where=name,
+        found="reentrant activation checkpointing, or torch.no_grad() in the forward pass",
+        do="checkpoint with use_reentrant=False; set requires_grad_(False) on parameters that are "
+        "not trained",
+    )
 
 
 def _lay_out(parameters: list[nn.Parameter], memory_format: torch.memory_format) -> None:

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from tda.errors import GradientError
 from tda.gradients.factors import Dense, Factor, Outer, materialise
 from tda.gradients.rules import RULES, Call, InseparableError, matrix_shape, opaque
 from tda.products import attention
@@ -45,6 +44,14 @@ class ModifiedError(Exception):
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
+        self.name = name
+
+
+class SwitchedOffError(InseparableError):
+    """A parameter is used while no gradient is recorded."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"{name} is used where gradients are switched off")
         self.name = name
 
 
@@ -135,7 +142,7 @@ class Tap(TorchFunctionMode):
                 function = attention
             return _spread(function(*args, **kwargs))
         if not torch.is_grad_enabled():
-            raise _switched_off(self._derived[id(used[0])].names[0])
+            raise SwitchedOffError(self._derived[id(used[0])].names[0])
         if function is F.multi_head_attention_forward:
             return self._attention(args, kwargs)
         return self._tapped(function, args, kwargs, used)
@@ -272,16 +279,6 @@ def _pull_back(
         pulled = torch.func.vmap(vjp)(grads)
         for name, source, grad in zip(derived.names, sources, pulled, strict=True):
             yield name, Dense(grad.reshape(len(grad), *matrix_shape(source)))
-
-
-def _switched_off(name: str) -> GradientError:
-    return GradientError(
-        "a parameter is used where gradients are switched off, so it would get none",
-        where=name,
-        found="reentrant activation checkpointing, or torch.no_grad() in the forward pass",
-        do="checkpoint with use_reentrant=False; set requires_grad_(False) on parameters that are "
-        "not trained",
-    )
 
 
 def _tensors(tree: Any) -> list[Tensor]:
