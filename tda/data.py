@@ -106,7 +106,15 @@ def as_dataset(data: Any) -> Dataset:
         dataset = _Rows(data)
     else:
         dataset = data
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+    if any(hasattr(part, "iloc") for part in (data if isinstance(data, tuple) else (data,))):
+        raise DataError(
+            "a table is not a map-style data set: it is indexed by column",
+            found=type(data).__name__,
+            wanted="its columns as arrays",
+            do='(table[features].to_numpy("float32"), table["label"].to_numpy())',
+        )
+    map_style = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    if isinstance(dataset, type) or not map_style:
         raise DataError(
             "this is not a map-style data set",
             found=type(data).__name__,

@@ -12,19 +12,19 @@ from tda.batch_size import BatchSize, check_batch_size
 from tda.cluster import Cluster, working
 from tda.curvature.table import check_measurement
 from tda.data import Dataset, as_dataset, describe
-from tda.errors import ConfigError, TaskError
+from tda.errors import ConfigError
 from tda.featurizer import Featurizer, filler
 from tda.filling import Filling
 from tda.gradients import shapes_of
 from tda.progress import progress_bar
-from tda.projection import Projection, bases_to_bytes
+from tda.projection import KINDS, Projection, bases_to_bytes
 from tda.run import Run, bases_digest, read_bases
 from tda.store import Store
 from tda.store.encoding import Dtype
 from tda.store.files import Place, as_place, stat_file, write_file
 from tda.store.lock import sole_writer
 from tda.store.manifest import BASES
-from tda.task import Task
+from tda.task import Task, require_task
 from tda.training.metric import check_projection
 
 _CHUNK_BYTES = 8 * 2**20  # of rows: larger buffers page-fault on every read
@@ -64,13 +64,14 @@ def index(
     """
     if isinstance(projection, str):
         projection = Projection(projection, proj_dim, seed)
-    check_batch_size(batch_size)
-    if not isinstance(task, Task):
-        raise TaskError(
-            "the first argument is not a task",
-            found=type(task).__name__,
-            do="index(tda.Task(model, checkpoints=[…]), dataset, path)",
+    if not isinstance(projection, Projection):
+        raise ConfigError(
+            "this is no projection",
+            found=repr(projection),
+            wanted=f"a tda.Projection, or {' | '.join(KINDS)}",
         )
+    check_batch_size(batch_size)
+    require_task(task, "tda.index(tda.Task(model, checkpoints=[…]), dataset, path)")
     if gauss_newton:
         check_measurement(task.measurement)
     path, data = as_place(path), as_dataset(dataset)

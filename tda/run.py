@@ -28,7 +28,7 @@ from tda.store import Store, Table
 from tda.store.files import Place, read_file
 from tda.store.lock import sole_writer
 from tda.store.manifest import BASES
-from tda.task import Task
+from tda.task import Task, require_task
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -45,6 +45,7 @@ def open(path: str | Place, task: Task | None = None) -> Run:
     """
     store = Store.open(path)
     if task is not None:
+        require_task(task, "tda.open(path, tda.Task(model, checkpoints=[…]))")
         others = {name: part for name, part in store.manifest.items() if name != "metric"}
         Store.create(path, {**others, **task.manifest()})
     return Run(store, task)

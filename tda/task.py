@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ class Checkpoint:
     momentum: β of SGD (0.0: none); weight_decay: the coefficient. With Σ_t η_t these give the
     automatic damping (`tda.training.schedule.implied_damping`).
 
-    Raises TaskError for a number out of its range.
+    Raises TaskError for a number out of its range, or weights or an optimizer of another kind.
     """
 
     weights: Weights | str | Path
@@ -55,16 +55,31 @@ class Checkpoint:
     weight_decay: float | None = None
 
     def __post_init__(self) -> None:
-        for field in ("learning_rate_sum", "momentum", "weight_decay"):
+        if not isinstance(self.weights, Mapping | str | Path):
+            raise TaskError(
+                "these are no weights",
+                where=self.name,
+                found=type(self.weights).__name__,
+                wanted="a state dict, such as model.state_dict(), or the path of a file",
+            )
+        if not isinstance(self.optimizer, Mapping | str | Path | None):
+            raise TaskError(
+                "this is no state of an optimizer",
+                where=self.name,
+                found=type(self.optimizer).__name__,
+                wanted="optimizer.state_dict(), or the path of a file",
+            )
+        for field in ("learning_rate", "learning_rate_sum", "momentum", "weight_decay"):
             value = getattr(self, field)
             below = 1.0 if field == "momentum" else math.inf
-            if value is not None and not 0 <= value < below:  # NaN compares false
-                raise TaskError(
-                    f"{field} of a checkpoint is out of its range",
-                    where=self.name,
-                    found=value,
-                    wanted="0 ≤ momentum < 1" if field == "momentum" else "a finite number ≥ 0",
-                )
+            if value is None or (isinstance(value, int | float) and 0 <= value < below):
+                continue  # NaN compares false
+            raise TaskError(
+                f"{field} of a checkpoint is out of its range",
+                where=self.name,
+                found=repr(value),
+                wanted="0 ≤ momentum < 1" if field == "momentum" else "a finite number ≥ 0",
+            )
 
     def load(self) -> Weights:
         """The state dict. Raises TaskError naming the file if it cannot be had."""
@@ -150,6 +165,12 @@ def _as_checkpoint(given: Any, index: int) -> Checkpoint:
     )
 
 
+def require_task(task: Any, wanted: str) -> None:
+    """Raises TaskError for what is no task; wanted: the call as it should be."""
+    if not isinstance(task, Task):
+        raise TaskError("this is not a task", found=type(task).__name__, wanted=wanted)
+
+
 class Task:
     """A model, its checkpoints and a measurement: everything a gradient depends on but the data.
 
@@ -204,8 +225,21 @@ class Task:
         given = checkpoints
         if isinstance(given, str | Path | Mapping | Checkpoint):
             given = [given]
+        if not isinstance(given, Iterable) or isinstance(given, nn.Module):
+            raise TaskError(
+                "these are no checkpoints",
+                found=type(given).__name__,
+                wanted="a list of state dicts, paths or tda.Checkpoint values, or one of these",
+            )
         if precision not in _PRECISIONS:
             raise TaskError(f"unknown precision {precision!r}", wanted=", ".join(_PRECISIONS))
+        try:
+            torch.device(device)
+        except RuntimeError as error:
+            raise TaskError(
+                f"there is no device {device!r}",
+                wanted='"cpu", "cuda", "cuda:1" or another of torch',
+            ) from error
         self.model = model
         self.checkpoints = tuple(_as_checkpoint(c, i) for i, c in enumerate(given))
         self.measurement = as_measurement(measurement)

@@ -119,6 +119,26 @@ def test_rows_of_different_lengths_are_refused():
         describe([{"input": torch.zeros(2), "row": [1.0] * (1 + i)} for i in range(2)])
 
 
+class Table:
+    """As pandas has it: `[]` is a column."""
+
+    iloc: Any = None
+
+    def __len__(self) -> int:
+        return NUM
+
+
+@pytest.mark.parametrize("given", [Table(), (Table(), _labels)], ids=["alone", "of a tuple"])
+def test_a_table_is_refused_with_how_to_give_it(given: Any):
+    with pytest.raises(DataError, match=r"indexed by column[^§]*to_numpy"):
+        as_dataset(given)
+
+
+def test_a_class_is_no_data_set():
+    with pytest.raises(DataError, match="not a map-style data set"):
+        as_dataset(TensorDataset)
+
+
 def test_arrays_that_cannot_be_written_are_read_without_a_word(tmp_path):
     """As those of a mapped file; a warning of torch's would be an error here."""
     np.save(tmp_path / "x.npy", np.arange(12, dtype=np.float32).reshape(4, 3))

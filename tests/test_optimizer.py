@@ -294,11 +294,26 @@ def test_an_optimizer_that_is_not_there_or_carries_code_is_refused(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"momentum": 1.0}, {"weight_decay": -1e-3}, {"learning_rate_sum": float("nan")}]
+    "wrong",
+    [
+        {"momentum": 1.0},
+        {"weight_decay": -1e-3},
+        {"learning_rate_sum": float("nan")},
+        {"learning_rate": -0.1},
+        {"learning_rate": "0.1"},
+    ],
 )
-def test_numbers_out_of_range_are_refused(wrong: dict[str, float]):
+def test_numbers_out_of_range_are_refused(wrong: dict[str, Any]):
     with pytest.raises(TaskError, match=next(iter(wrong))):
         tda.Checkpoint({}, **wrong)
+
+
+def test_a_model_or_an_optimizer_in_place_of_its_state_is_refused():
+    model, optimizer = trained()
+    with pytest.raises(TaskError, match=r"no weights[^§]*state_dict\(\)"):
+        tda.Checkpoint(model)  # type: ignore[arg-type]
+    with pytest.raises(TaskError, match=r"no state of an optimizer[^§]*optimizer\.state_dict\(\)"):
+        tda.Checkpoint(model.state_dict(), optimizer=optimizer)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("metric", ["adam", "second_moment", "adam_update"])

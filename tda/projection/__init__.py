@@ -92,6 +92,8 @@ class Projection:
                 found=f"dim={self.dim!r}, rank={self.rank!r}, num_fit={self.num_fit!r}",
                 wanted="integers ≥ 1",
             )
+        if not isinstance(self.seed, int):
+            raise ConfigError("the seed is no whole number", found=repr(self.seed))
         if self.basis not in ("eigen", "random"):
             raise ConfigError(f"unknown basis {self.basis!r}", wanted="eigen, random")
 

@@ -36,7 +36,7 @@ from tda.recipe import Recipe
 from tda.recipe.requirements import checkpoint_weights, layer_alphas
 from tda.recipes import get_recipe
 from tda.scorer.embedding import reciprocal
-from tda.task import Task
+from tda.task import Task, require_task
 from tda.training.schedule import implied_damping
 from tda.unprojected.preconditioners import Factored, Preconditioner, Solved, Unchanged, Vectors
 
@@ -65,6 +65,7 @@ def attribute(
     Raises RecipeError for a recipe that has no meaning here, TaskError if the queries do not fit
     into memory, GradientError where a gradient is not finite.
     """
+    require_task(task, "tda.attribute(tda.Task(model, checkpoints=[…]), train, queries)")
     chosen = get_recipe(recipe)
     if damping is not None:
         chosen = replace(chosen, damping=damping)

@@ -13,7 +13,7 @@ from tda.data import Dataset, as_dataset
 from tda.gradients import Gradients, shapes_of
 from tda.progress import Tick, progress_bar
 from tda.projection.tiles import Shapes
-from tda.task import Task
+from tda.task import Task, require_task
 
 BATCH_SIZE = 64
 
@@ -33,6 +33,7 @@ def fit_ekfac(
     They are spread evenly over the data. Targets are drawn from the model's prediction by ``seed``.
     Raises GradientError where gradients are not finite.
     """
+    require_task(task, "tda.fit_ekfac(tda.Task(model, checkpoints=[…]), dataset)")
     data = as_dataset(dataset)
     count = len(data) if num_examples is None else min(num_examples, len(data))
     with progress_bar("fitting EK-FAC", 2 * count, progress) as tick:
