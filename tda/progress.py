@@ -76,7 +76,7 @@ def _drawn(
 def _written(
     description: str, total: int, unit: str, lines: Lines | None, console: Any
 ) -> Iterator[Tick]:
-    """For logs: nothing for what is short, and the last line says what was done."""
+    """For logs: nothing for what is short, and the last line says what was done, if anything."""
     started = told = time.monotonic()
     count = 0
 
@@ -96,4 +96,5 @@ def _written(
             tell()
 
     yield tick
-    tell()
+    if count:
+        tell()

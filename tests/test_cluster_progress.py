@@ -13,6 +13,7 @@ import pytest
 from tda import progress
 from tda.cluster import Cluster, run
 from tda.cluster.crew import RECENT, Crew
+from tda.progress import progress_bar
 
 
 class Clock:
@@ -134,3 +135,11 @@ def test_the_dashboard_that_is_told_answers(capsys) -> None:
         address = told.split()[1]
         health = address.replace("/status", "/health")
         assert urllib.request.urlopen(health, timeout=10).read() == b"ok"
+
+
+def test_what_had_nothing_to_do_says_nothing(capsys: pytest.CaptureFixture) -> None:
+    for count in (0, 3):
+        with progress_bar("choosing", 8, show=True) as tick:
+            for _ in range(count):
+                tick(1)
+    assert capsys.readouterr().err.startswith("choosing: 3 of 8 examples")
