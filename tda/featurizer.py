@@ -182,7 +182,7 @@ class Featurizer:
     def at(self, checkpoint: int) -> None:
         """Load the weights of a checkpoint, unless they are there already."""
         if self._checkpoint != checkpoint:
-            self.gradients.load(self.task.checkpoints[checkpoint].load())
+            self.gradients.load(self.task.weights(checkpoint))
             if self.task.metric != "euclidean":
                 self._load_moments(checkpoint)
             self._checkpoint = checkpoint

@@ -20,6 +20,17 @@ GATHER = (
 )
 
 
+def bare(model: nn.Module) -> nn.Module:
+    """The model within torch.compile and data-parallel training, by whose names it is indexed."""
+    while True:
+        if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
 def sharded_by(model: nn.Module) -> str | None:
     """What has spread the parameters over processes, if anything has."""
     modules, parameters = list(model.modules()), list(model.parameters())

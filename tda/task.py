@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from tda.data import Collate
 from tda.errors import TaskError
 from tda.gradients.sharded.session import session_of
-from tda.layout import class_of, is_sharded, require_numbers, require_whole
+from tda.layout import bare, class_of, is_sharded, require_numbers, require_whole
 from tda.measurements import as_measurement
 from tda.training.optimizer import OptimizerState, read_state
 
 Weights = Mapping[str, Tensor]
 METRICS = ("euclidean", "adam", "second_moment", "adam_update")
+_WRAPPERS = ("_orig_mod", "module")  # torch.compile; data-parallel training
 _PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
 
 
@@ -151,6 +152,17 @@ def digest_of(weights: Weights) -> str:
     return state.hexdigest()
 
 
+def _without_wrapper(weights: Weights, model: nn.Module) -> Weights:
+    """Without what torch.compile and data-parallel training put before every name."""
+    known = dict(model.named_parameters()).keys()
+    while weights and known.isdisjoint(weights):
+        first = next(iter(weights)).partition(".")[0]
+        if first not in _WRAPPERS or not all(name.startswith(f"{first}.") for name in weights):
+            break
+        weights = {name.removeprefix(f"{first}."): value for name, value in weights.items()}
+    return weights
+
+
 def _as_checkpoint(given: Any, index: int) -> Checkpoint:
     if isinstance(given, Checkpoint):
         return given
@@ -175,7 +187,8 @@ class Task:
     """A model, its checkpoints and a measurement: everything a gradient depends on but the data.
 
     model: any ``nn.Module``; parameters with ``requires_grad=False`` are left out. It is copied,
-    put in eval mode, and never changed.
+    put in eval mode, and never changed. Of one within torch.compile, DataParallel or
+    DistributedDataParallel it is the model inside, and so of their state dicts.
     checkpoints: state dicts, paths, or `Checkpoint` values, in the order of training; by default
     the weights the model has now.
     measurement: the name of one of `tda.MEASUREMENTS`, a `Measurement`, or any callable
@@ -214,6 +227,7 @@ class Task:
                 found=type(model).__name__,
                 wanted="an nn.Module",
             )
+        model = bare(model)
         sharded = is_sharded(model)
         if sharded:
             require_numbers(model)
@@ -281,6 +295,10 @@ class Task:
                 "has_margin": self.measurement.has_margin,
             },
         }
+
+    def weights(self, index: int) -> Weights:
+        """Of a checkpoint, by the names of the model. Raises TaskError."""
+        return _without_wrapper(self.checkpoints[index].load(), self.model)
 
     def optimizer_state(self, index: int) -> OptimizerState | None:
         """What the optimizer of a checkpoint tells; None without one. Raises TaskError."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -219,3 +219,25 @@ def test_a_model_on_two_devices_has_the_gradients_of_one(tmp_path: Path) -> None
         run = tda.index(tda.Task(model, device=device), (X, Y), tmp_path / device, **EXACT)
         assert run.featurizer().audit.path == "tap"
         torch.testing.assert_close(stored_products(run), products(plain), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # torch.compile
+@pytest.mark.parametrize("wrapped", [nn.DataParallel, torch.compile], ids=["parallel", "compiled"])
+def test_a_wrapped_model_and_its_weights_are_those_inside(
+    wrapped: Any, index_exactly: Callable
+) -> None:
+    """The same run, in one backward pass, whichever names the weights go by."""
+    inner = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+    outer, data = wrapped(inner), (torch.randn(6, 5), torch.arange(6) % 3)
+    twice = nn.DataParallel(outer)
+    wanted = index_exactly(tda.Task(inner), data).store.table("train").rows(0, 0, 6)
+    for weights in (None, inner.state_dict(), outer.state_dict(), twice.state_dict()):
+        run = index_exactly(tda.Task(twice, weights), data)
+        assert run.featurizer().audit.path == "tap"
+        assert torch.equal(run.store.table("train").rows(0, 0, 6), wanted)
+
+
+def test_a_part_called_module_keeps_its_name() -> None:
+    model = nn.Module()
+    model.module = nn.Linear(5, 3)
+    assert tda.Task(model).weights(0).keys() == model.state_dict().keys()

@@ -36,7 +36,7 @@ def tail_patch(
         )
     require_whole(task.model)
     model = copy.deepcopy(task.model).eval().to(task.device)
-    model.load_state_dict(dict(task.checkpoints[-1].load()))
+    model.load_state_dict(dict(task.weights(-1)))
     weights = [p for p in model.parameters() if p.requires_grad]
     before = [p.detach().clone() for p in weights]
     gains = []

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from tda.errors import TaskError
-from tda.layout import sharded_by
+from tda.layout import bare, sharded_by
 from tda.task import Checkpoint
 from tda.training.optimizer import OptimizerState, read_state
 
@@ -62,7 +62,7 @@ class Recorder:
         if isinstance(keep, int) and keep < 1:
             raise TaskError("keep is not a number of steps", found=keep, wanted="1 or more")
         self.folder = Path(folder)
-        self._model = _bare(model)
+        self._model = bare(model)
         self._require_whole(optimizer)
         self._optimizer = _unwrapped(optimizer)
         self._keep = keep
@@ -292,17 +292,6 @@ def _known(state: Mapping[str, Any], model: nn.Module) -> OptimizerState | None:
         return read_state(state, model, "the optimizer")
     except TaskError:
         return None
-
-
-def _bare(model: nn.Module) -> nn.Module:
-    """The model within torch.compile and data-parallel training, by whose names it is indexed."""
-    while True:
-        if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
-        else:
-            return model
 
 
 def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:

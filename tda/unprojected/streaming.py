@@ -131,7 +131,7 @@ class _Method:
         """⟨F q, ∇f_i⟩ ``[query, train]`` and r_i ``[train]``, the rest of the training side."""
         task, recipe = self.task, self.recipe
         gradients = Gradients(task.model, task.measurement, task.device, task.autocast)
-        gradients.load(task.checkpoints[checkpoint].load())
+        gradients.load(task.weights(checkpoint))
         q = self.embed(gradients, tick)
         function = self.preconditioner(gradients, checkpoint, ekfac)
         out = folded = function.apply(q)

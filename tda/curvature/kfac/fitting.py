@@ -52,7 +52,7 @@ def fit(
     """As `fit_ekfac`; ``tick(examples)`` a batch, twice ``count`` in all."""
     measurement = weighted(task.measurement)
     gradients = Gradients(task.model, measurement, task.device, task.autocast)
-    gradients.load(task.checkpoints[checkpoint].load())
+    gradients.load(task.weights(checkpoint))
     rows = Rows.of(task, gradients, dataset, count, seed, batch_size)
     moments = Moments()
     for batch, size in rows.batches(batch_size):

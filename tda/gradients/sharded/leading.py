@@ -13,7 +13,7 @@ from tda.cluster.leaving import on_sigterm
 from tda.errors import TaskError
 from tda.gradients.sharded.passes import LEADER
 from tda.gradients.sharded.session import Session, is_open
-from tda.layout import FSDP2, require_numbers, require_whole, sharded_by
+from tda.layout import FSDP2, bare, require_numbers, require_whole, sharded_by
 
 T = TypeVar("T")
 
@@ -57,6 +57,7 @@ def leading(model: nn.Module) -> Iterator[bool]:
 
     Raises TaskError, ClusterError.
     """
+    model = bare(model)
     _require(model)
     with Session(model).open() as session:
         if dist.get_rank() != LEADER:
