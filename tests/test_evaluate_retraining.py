@@ -199,6 +199,11 @@ def test_an_interrupted_ground_truth_resumes_to_the_same_bytes(run, regression):
     retrain(run, regression, design, stopped_after(0, regression), name="parts")  # nothing to do
 
 
+def test_the_progress_of_retraining_counts_models(run, regression, capsys):
+    retrain(run, regression, Design(num_subsets=4), name="told", progress=True)
+    assert capsys.readouterr().err.startswith("retraining: 4 of 4 models, ")
+
+
 def test_a_larger_design_trains_only_what_is_new(run, regression, monkeypatch):
     monkeypatch.setattr(record, "_MASK_ROWS", 4)  # the larger one has more chunks of masks
     small = retrain(run, regression, Design(num_subsets=3))

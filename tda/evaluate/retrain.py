@@ -81,7 +81,9 @@ def ground_truth(
     if groups:
         measure = None if run.task is None else Measure.of(run.task, data)
         with working(workers if workers > 1 else None, progress):
-            run_pieces(Retraining(train, measure, record), groups, None, "retraining", progress, "")
+            run_pieces(
+                Retraining(train, measure, record), groups, None, "retraining", progress, "models"
+            )
     return record.read()
 
 
