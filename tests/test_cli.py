@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +13,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import typer
 import zarr
 from pyarrow import parquet
 from typer.testing import CliRunner
 
 import tda
 from tda.cli import app
+from tda.cli.exits import PREEMPTED, Commands
 from tda.errors import StoreError
 
 JOB = """
@@ -104,6 +107,15 @@ def test_help_loads_nothing_heavy(arguments):
         f"print('LOADED', [name for name in {heavy!r} if name in sys.modules])"
     )
     assert loaded.splitlines()[-1] == "LOADED []"
+
+
+def test_any_command_that_is_asked_to_stop_says_so():
+    commands = typer.Typer(cls=Commands)
+    commands.callback()(lambda: None)
+    commands.command("wait")(lambda: signal.raise_signal(signal.SIGTERM))
+    result = CliRunner().invoke(commands, ["wait"])
+    assert result.exit_code == PREEMPTED and "asked to stop" in result.output
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_importing_the_package_loads_nothing_heavy():

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tda.cluster import Cluster, on_sigterm
+from tda.cluster import Cluster
 
 if TYPE_CHECKING:
     from tda.config import Config
@@ -29,9 +29,9 @@ def working(
 ) -> Iterator[None]:
     """Where the command line says, else where [cluster] does, else in this process.
 
-    SIGTERM is heeded as ``tda.cluster.leaving`` says. Raises ConfigError, ClusterError.
+    Raises ConfigError, ClusterError.
     """
-    with on_sigterm(), _chosen(config, workers, scheduler).open(show=True):
+    with _chosen(config, workers, scheduler).open(show=True):
         yield
 
 

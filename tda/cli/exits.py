@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import typer
 from typer.core import TyperGroup
 
-from tda.cluster import PreemptedError
+from tda.cluster import PreemptedError, on_sigterm
 from tda.errors import TdaError
 
 T = TypeVar("T")
@@ -26,11 +26,14 @@ def until_the_end(resource: AbstractContextManager[T]) -> T:
 
 
 class Commands(TyperGroup):
-    """Every command ends in an exit code: errors made on purpose are shown without a traceback."""
+    """Every command ends in an exit code: errors made on purpose are shown without a traceback.
+
+    SIGTERM is heeded as ``tda.cluster.leaving`` says.
+    """
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            with _HELD:
+            with on_sigterm(), _HELD:
                 return super().invoke(ctx)
         except TdaError as error:
             typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
