@@ -137,7 +137,7 @@ SMALL = Workload("a small network", _mlp, partial(_labelled, (64,)), 131_072, 10
 WORKLOADS = (
     SMALL,
     Workload("a CNN", _cnn, partial(_labelled, (3, 32, 32)), 16_384, 512, in_files=True),
-    Workload("a GPT of 4 × 256", _gpt, _texts, 3_072, 128, in_files=True),
+    Workload("a GPT of 4 × 256", _gpt, _texts, 3_072, 64, in_files=True),
 )
 
 
