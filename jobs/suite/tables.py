@@ -299,9 +299,11 @@ def plot(tasks: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     if not shown:
         return
     labels = sorted({label for lines in shown.values() for label in lines})
-    figure = Figure(figsize=(4 * len(shown), 3.9), layout="constrained")
+    across = min(4, len(shown))
+    down = -(-len(shown) // across)
+    figure = Figure(figsize=(4 * across, 3.2 * down + 0.9), layout="constrained")
     for panel, (name, lines) in enumerate(shown.items()):
-        axes = figure.add_subplot(1, len(shown), panel + 1)
+        axes = figure.add_subplot(down, across, panel + 1)
         for label, points in sorted(lines.items()):
             color = f"C{labels.index(label)}"
             axes.plot(*zip(*points, strict=True), marker="o", color=color, label=label)
