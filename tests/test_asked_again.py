@@ -21,13 +21,13 @@ RECIPES = ["grad_dot", "grad_cos", "trak", "influence", "relatif", "datainf", "a
 def differentiated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many examples each backward pass had."""
     counts: list[int] = []
-    real: Callable[..., Any] = Gradients.__call__
+    real: Callable[..., Any] = Gradients._run
 
-    def call(self: Gradients, batch: Any, num_examples: int, consume: Any) -> Any:
+    def run(self: Gradients, path: str, batch: Any, num_examples: int, consume: Any) -> Any:
         counts.append(num_examples)
-        return real(self, batch, num_examples, consume)
+        return real(self, path, batch, num_examples, consume)
 
-    monkeypatch.setattr(Gradients, "__call__", call)
+    monkeypatch.setattr(Gradients, "_run", run)
     return counts
 
 
