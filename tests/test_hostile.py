@@ -11,6 +11,7 @@ import tda
 from tda.errors import ConfigError, StoreError
 from tda.store import Store
 from tda.store.manifest import read_manifest, write_manifest
+from tda.upkeep import verify
 
 JOBS = Path(__file__).parents[1] / "jobs"
 
@@ -70,6 +71,18 @@ def test_a_projection_of_another_models_parameters_is_refused(tmp_path, field, v
         with pytest.raises(ConfigError, match="another model") as caught:
             use()
         assert repr(next(iter(value))) in str(caught.value.where)
+
+
+@pytest.mark.parametrize("other", ["float32", "int8", "int4"])
+def test_rows_of_another_type_than_the_manifest_says_are_refused(tmp_path, other):
+    """Who seals the manifest anew does not have the files read as what they are not."""
+    data = torch.randn(6, 4), torch.arange(6) % 2
+    path = tmp_path / "run"
+    tda.index(tda.Task(torch.nn.Linear(4, 2)), data, path, progress=False)
+    write_manifest(path, {**read_manifest(path), "dtype": other})
+    with pytest.raises(StoreError, match=f"bfloat16, and the manifest says {other}"):
+        Store.open(path).table("train")
+    assert verify(path)
 
 
 @pytest.mark.parametrize("name", ["cache", "train", "train/rows", "train/rows/c", "evaluate"])

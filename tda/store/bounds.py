@@ -90,9 +90,11 @@ def array_fault(spec: ArraySpec) -> str | None:
     return None
 
 
-def table_fault(specs: Mapping[str, ArraySpec], sizes: Mapping[str, int], dim: int) -> str | None:
+def table_fault(
+    specs: Mapping[str, ArraySpec], sizes: Mapping[str, int], dim: int, dtype: str
+) -> str | None:
     """What is wrong with the arrays of a table, or None. sizes: bytes of its marked files by key;
-    dim: numbers of a row.
+    dim, dtype: of a row, as the manifest has them.
 
     All are of the same examples and checkpoints, and where a mark lists the chunks of an array, it
     lists as many as its shape has: so a shape is never larger than the files are.
@@ -102,7 +104,9 @@ def table_fault(specs: Mapping[str, ArraySpec], sizes: Mapping[str, int], dim: i
     rows = specs["rows"]
     if not rows.per_checkpoint or len(rows.shape) != 3 or (rows.dtype, rows.encoding) not in _ROWS:
         return f"rows are {rows.dtype} of shape {list(rows.shape)}"
-    if rows.shape[2] != width(dim, rows.encoding):
+    if (rows.encoding or "float32") != dtype:
+        return f"rows are {rows.encoding or 'float32'}, and the manifest says {dtype}"
+    if rows.shape[2] != width(dim, dtype):
         return f"rows of shape {list(rows.shape)} do not hold {dim} numbers each"
     if (rows.encoding == "int8") != ("scale" in specs):
         return "int8 rows, and no others, have a scale"

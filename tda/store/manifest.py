@@ -162,6 +162,11 @@ def _difference(name: str, stored: Any, given: Any) -> tuple[str, Any, Any] | No
     return next((found for pair in pairs if (found := _difference(*pair))), None)
 
 
+def dtype_of_rows(manifest: Mapping[str, Any], table: str) -> str:
+    """How the rows of a table are stored: those of query sets, which are few, as they are."""
+    return "float32" if table.startswith(QUERIES) else str(manifest["dtype"])
+
+
 def rows_depend_on(manifest: Mapping[str, Any], checkpoint: int) -> dict[str, Any]:
     """The part of a manifest that determines the rows of one checkpoint."""
     parts = {name: manifest[name] for name in _ROWS_DEPEND_ON if name in manifest}

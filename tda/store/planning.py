@@ -17,7 +17,7 @@ from tda.errors import DataError, MismatchError, StoreError
 from tda.store.arrays import COLUMNS, ArraySpec, group_document, layout
 from tda.store.encoding import check_dtype, encode_column
 from tda.store.files import Place, Remote, list_files, remove_file
-from tda.store.manifest import CURVATURE, QUERIES, TRAIN, read_manifest
+from tda.store.manifest import CURVATURE, QUERIES, TRAIN, dtype_of_rows, read_manifest
 from tda.store.marks import (
     STATIC,
     Entry,
@@ -56,7 +56,7 @@ def plan_table(
     """
     if len(examples) == 0:
         raise DataError(f"the data set of {name!r} is empty", wanted="at least one example")
-    rows_as = "float32" if name.startswith(QUERIES) else manifest["dtype"]
+    rows_as = dtype_of_rows(manifest, name)
     if dtype is not None and check_dtype(dtype) != rows_as:
         raise MismatchError(
             f"rows of {name!r} are stored as {rows_as}", where=run, found=dtype, wanted=rows_as

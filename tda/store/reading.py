@@ -14,7 +14,7 @@ from tda.store.bounds import table_fault
 from tda.store.chunks import AHEAD, Chunks
 from tda.store.encoding import decode_rows
 from tda.store.files import TRAILER, Remote, list_files, stat_file
-from tda.store.manifest import cure, redo
+from tda.store.manifest import cure, dtype_of_rows, redo
 from tda.store.marks import STATIC, Entry, Mark, chunk_mark, is_document
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def open_specs(table: Table, chunks: Chunks) -> dict[str, ArraySpec]:
             except ValueError as error:
                 raise damaged(table, "a metadata document makes no sense", key, error) from error
     sizes = {key: entry.size for key, entry in table.static.files.items()}
-    misfit = table_fault(specs, sizes, table.dim)
+    misfit = table_fault(specs, sizes, table.dim, dtype_of_rows(table.manifest, table.name))
     if misfit is not None:
         raise damaged(table, "the arrays of this table do not fit together", STATIC, misfit)
     return specs
