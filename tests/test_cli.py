@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import typer
+import workload_file
 import zarr
 from pyarrow import parquet
 from typer.testing import CliRunner
@@ -49,20 +50,7 @@ def more():
     return {"input": X[37:], "target": Y[37:]}
 """
 
-CONFIG = """
-[run]
-path = "{path}"
-[workload]
-task = "job.py:task"
-train = "job.py:train"
-queries = {{ test = "job.py:test" }}
-[projection]
-kind = "identity"
-dim = 14
-[index]
-dtype = "float32"
-chunk_rows = 10
-[query]
+CONFIG = f"""{workload_file.CONFIG}[query]
 recipe = "influence"
 k = 3
 """

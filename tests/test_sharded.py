@@ -18,6 +18,7 @@ import torch.distributed as dist
 from sharded_run import TRAIN, Adapted, InPlace, Recurrent, Transformer, X, Y, log_loss, made
 from torch import Tensor, nn
 from typer.testing import CliRunner
+from workload_file import CONFIG
 
 import tda
 from tda.cli import app
@@ -198,21 +199,6 @@ def train():
 
 def test():
     return {"input": X[33:], "target": Y[33:]}
-"""
-
-CONFIG = """
-[run]
-path = "{path}"
-[workload]
-task = "job.py:task"
-train = "job.py:train"
-queries = {{ test = "job.py:test" }}
-[projection]
-kind = "identity"
-dim = 14
-[index]
-dtype = "float32"
-chunk_rows = 10
 """
 
 

@@ -28,9 +28,10 @@ def synthetic_store(
     """
     from tda.data import Examples
     from tda.store import Store
+    from tda.store.encoding import row_bytes
 
     generator = np.random.default_rng(0)
-    chunk_rows = max(1, 8 * 2**20 // (dim * {"float32": 4, "bfloat16": 2, "int8": 1}[dtype]))
+    chunk_rows = max(1, 8 * 2**20 // row_bytes(dim, dtype))
     store = Store.create(
         path,
         {
