@@ -59,6 +59,7 @@ def assert_is_the_sort(found: TopK, scores: np.ndarray, k: int = K) -> None:
 def _small(monkeypatch):
     monkeypatch.setattr(shortlist, "has_bfloat16", lambda: True)
     monkeypatch.setattr(shortlist, "ROW_TILE", 64)
+    monkeypatch.setattr(shortlist, "ROWS_AT_FIRST", 100)
     monkeypatch.setattr(shortlist, "QUERY_TILE", 32)
     monkeypatch.setattr(shortlist, "ROWS_OF_FEW", 100)
     monkeypatch.setattr("tda.scorer.pairs.GATHERED_BYTES", 4 * 96 * 50)
@@ -143,7 +144,7 @@ def test_every_score_lies_between_its_bounds(num_checkpoints, scale, monkeypatch
     weights = torch.from_numpy(rng.normal(size=(num_checkpoints, 300))).float()
     weights[:, :100] = torch.tensor([[1.0], [-1.0]])[:num_checkpoints]  # parts that cancel
     rounded = shortlist.Rounded.halves([q.float() for q in queries])
-    coded = [shortlist.Coded(x, None, torch.linalg.vector_norm(x.float(), dim=1)) for x in rows]
+    coded = [shortlist.Tile(x, None, torch.linalg.vector_norm(x.float(), dim=1)) for x in rows]
     below, above = bounds_of(rounded, coded, weights, monkeypatch)
     unit = torch.stack([q.float().double().norm(dim=1) for q in queries]).amax(0)
     true = sum(
@@ -165,7 +166,7 @@ def test_every_score_with_int8_rows_lies_between_its_bounds(num_checkpoints, mon
     rows[:, :30] = torch.where(queries < 0, -127, 127)  # rounding adds up
     weights = torch.from_numpy(rng.normal(size=(num_checkpoints, 300))).float()
     rounded = shortlist.Rounded.integers([*queries])
-    coded = [shortlist.Coded(x, torch.full((300,), 0.5), None) for x in rows]
+    coded = [shortlist.Tile(x, torch.full((300,), 0.5), None) for x in rows]
     below, above = bounds_of(rounded, coded, weights, monkeypatch)
     unit = torch.stack([q.double().norm(dim=1) for q in queries]).amax(0).clamp(min=1e-300)
     true = sum(

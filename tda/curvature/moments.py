@@ -33,10 +33,12 @@ class Rows(Protocol):
     def rows(self, checkpoint: int, start: int, stop: int) -> Tensor: ...
 
 
-def row_ranges(table: Rows, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int]]:
-    """Cuts [start, stop) into ranges that end at chunk borders, of about ``TILE_BYTES`` each."""
+def row_ranges(
+    table: Rows, start: int = 0, stop: int | None = None, size: int = TILE_BYTES
+) -> Iterator[tuple[int, int]]:
+    """Cuts [start, stop) into ranges that end at chunk borders, of about ``size`` bytes each."""
     stop = table.num_rows if stop is None else stop
-    chunks = max(1, TILE_BYTES // (4 * table.dim * table.chunk_rows))
+    chunks = max(1, size // (4 * table.dim * table.chunk_rows))
     step = chunks * table.chunk_rows
     while start < stop:
         border = min(stop, (start // step + 1) * step)

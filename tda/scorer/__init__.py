@@ -49,6 +49,7 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+Coded = tuple[Tensor, Tensor | None]
 
 DECODED_BYTES = 4 * 2**20  # float32 rows at a time: larger buffers are mapped anew each time
 AHEAD = 4  # tiles
@@ -158,12 +159,17 @@ def stream(train: Table, start: int, stop: int) -> Iterator[tuple[int, int, list
 
 def _decoded(train: Table, start: int, stop: int) -> Iterator[tuple[int, int, list[Tensor]]]:
     size = max(1, DECODED_BYTES // (4 * train.dim))
-    for low, high in row_ranges(train, start, stop):
-        parts = [train.coded_rows(c, low, high) for c in range(train.num_checkpoints)]
+    for low, high, parts in coded(train, start, stop):
         for first in range(low, high, size):
             last = min(first + size, high)
             cut = slice(first - low, last - low)
             yield first, last, [decoded(x[cut], f if f is None else f[cut]) for x, f in parts]
+
+
+def coded(train: Table, start: int, stop: int) -> Iterator[tuple[int, int, list[Coded]]]:
+    """(low, high, ``Table.coded_rows`` of every checkpoint): large chunks one by one, as views."""
+    for low, high in row_ranges(train, start, stop, DECODED_BYTES):
+        yield low, high, [train.coded_rows(c, low, high) for c in range(train.num_checkpoints)]
 
 
 def decoded(rows: Tensor, factor: Tensor | None) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,20 +26,21 @@ def pair_scores(prepared: Prepared, queries: Tensor, rows: Tensor) -> Tensor:
     Each row is read once, however many pairs it is in.
     """
     size = max(1, GATHERED_BYTES // (4 * prepared.train.dim))
-    unique, place = torch.unique(rows, return_inverse=True)
-    batch = place // size
-    order = (batch * prepared.num_queries + queries).argsort(stable=True)
-    scores = torch.empty(len(rows))
-    for number, pairs in enumerate(order.split(batch.bincount().tolist())):
+    unique, place = (torch.from_numpy(x) for x in np.unique(rows.numpy(), return_inverse=True))
+    keys = (place // size * prepared.num_queries + queries) * size + place % size
+    order = torch.from_numpy(np.argsort(keys.numpy()))
+    queries, rows, place = queries[order], rows[order], place[order]
+    weights = prepared.row_weights[:, rows]
+    total = torch.zeros(len(rows), dtype=prepared.queries[0].dtype)
+    borders = torch.searchsorted(place // size, torch.arange(-(-len(unique) // size) + 1)).tolist()
+    for number, pairs in enumerate(map(slice, borders, borders[1:])):
         some = unique[number * size : (number + 1) * size]
-        total = torch.zeros(len(pairs), dtype=prepared.queries[0].dtype)
         for c, q in enumerate(prepared.queries):
             read, column = _read(prepared.train, c, some)
             columns = column[place[pairs] - number * size]
             products = _sampled(q, read.to(q.dtype), queries[pairs], columns)
-            total += products.mul_(prepared.row_weights[c, rows[pairs]])
-        scores[pairs] = total.float()
-    return scores
+            total[pairs] += products.mul_(weights[c, pairs])
+    return torch.empty(len(rows)).index_put_((order,), total.float())
 
 
 def _read(train: Table, checkpoint: int, indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,10 +76,25 @@ def greatest(
     if not len(rows):
         empty = torch.zeros(num_queries, k, dtype=torch.int64)
         return empty, torch.full((num_queries, k), -torch.inf)
-    counts = queries.bincount(minlength=num_queries)
-    starts = counts.cumsum(0) - counts
-    lines = torch.full((num_queries, max(k, int(counts.max()))), -torch.inf)
-    lines[queries, torch.arange(len(queries)) - starts[queries]] = values
+    lines = _lines(values, queries, num_queries, k)
+    kth = torch.from_numpy(np.partition(lines.numpy(), lines.shape[1] - k)[:, -k].copy())
+    may = (values >= kth[queries]).nonzero()[:, 0]
+    rows, queries = rows[may], queries[may]
+    lines = _lines(values[may], queries, num_queries, k)
     ordered, order = lines.sort(dim=1, descending=True, stable=True)
-    flat = starts[:, None] + order[:, :k]
+    flat = _starts(queries, num_queries)[:, None] + order[:, :k]
     return rows[flat.clamp(max=len(rows) - 1)], ordered[:, :k].contiguous()
+
+
+def _lines(values: Tensor, queries: Tensor, num_queries: int, k: int) -> Tensor:
+    """The values [p] of each query [num_queries, the most of any, but at least k], then −∞."""
+    width = max(k, int(queries.bincount().max()))
+    lines = torch.full((num_queries, width), -torch.inf)
+    nth = torch.arange(len(queries)) - _starts(queries, num_queries)[queries]
+    lines.view(-1)[queries * width + nth] = values
+    return lines
+
+
+def _starts(queries: Tensor, num_queries: int) -> Tensor:
+    counts = queries.bincount(minlength=num_queries)
+    return counts.cumsum(0) - counts

@@ -16,29 +16,27 @@ answer is that of the plain path.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tda.curvature import row_ranges
 from tda.progress import Tick
-from tda.scorer import Ends, Prepared, ahead, refuse_not_finite
+from tda.scorer import Coded, Ends, Prepared, ahead, coded, refuse_not_finite
 from tda.scorer.pairs import greatest, pair_scores
-from tda.scorer.ranking import Found, Heaps, TopK, ranked
-
-if TYPE_CHECKING:
-    from tda.store import Table
+from tda.scorer.ranking import Found, TopK, ranked
 
 FEWEST_QUERIES = 64  # below this the scan waits for memory, not for products
 ROWS_PER_ANSWER = 32  # with fewer, most pairs are kept: products of them all are cheaper
-ROW_TILE = 1024  # rows of one product: its scores and their bounds stay in cache
+ROW_TILE = 256  # rows of one product: they, its scores and their bounds stay in a core's cache
 QUERY_TILE = 1024
+ROWS_AT_FIRST = 2048  # decide at once what is kept of the others
 ROWS_OF_FEW = 4096  # of one product with few queries
-PAIRS = 2**22  # kept at most, unless the answer itself is larger: 20 bytes each
+PAIRS = 2**22  # kept at most, unless the answer itself is larger: 16 bytes each
 ROUNDING = 2.0**-8 * 1.02  # of a product to bfloat16; with room for float32 in the bounds
 LOST = 2.0**-60  # added to ‖x‖: what falls below the range of float32 in squares and products
+ROW_BITS = 32  # of a pair as a number: its row, below its query
 LARGEST, HALVES = 127, 254  # of an int8; steps of the second term in one of the first
 
 
@@ -71,16 +69,18 @@ def ends(
     few = prepared.num_queries < FEWEST_QUERIES and prepared.train.dtype == "int8"
     rounded = (Rounded.integers if few else Rounded.halves)(prepared.queries)
     kept = Shortlist(prepared.num_queries, k)
-    for low, tile in ahead(_coded(prepared.train, few, span)):
-        _add_tile(kept, rounded, tile, prepared.row_weights, low)
-        tick(len(tile[0].rows))
+    for low, _, parts in ahead(coded(prepared.train, *span)):
+        size = ROWS_OF_FEW if few else ROWS_AT_FIRST if low == span[0] else ROW_TILE
+        for start, tile in _tiles(parts, few, size):
+            _add_tile(kept, rounded, tile, prepared.row_weights, low + start)
+        tick(len(parts[0][0]))
     queries, rows = kept.finish()
     scores = pair_scores(prepared, queries, rows)
     sides = []
     for sign in (1, -1):
         columns, values = greatest(sign * scores, queries, rows, prepared.num_queries, k)
         sides.append((columns.numpy(), values.neg_().numpy()))
-    many = kept.given_up.nonzero()[:, 0].numpy()
+    many = np.flatnonzero(kept.given_up)
     if len(many):
         whole = Ends(prepared.select(many), k)(span, lambda count: None)
         for side, rest in zip(sides, whole, strict=True):
@@ -142,7 +142,7 @@ def _integers(term: Tensor, rows: Tensor) -> Tensor:
     return torch._int_mm(term, rows.T).float()
 
 
-class Coded(NamedTuple):
+class Tile(NamedTuple):
     """Rows [r, k] bfloat16 or int8, what they are multiplied by, and the lengths [r] of bfloat16.
 
     The length of int8 rows is in the error of the queries, as the largest there can be.
@@ -153,24 +153,21 @@ class Coded(NamedTuple):
     lengths: Tensor | None
 
 
-def _coded(train: Table, few: bool, span: tuple[int, int]) -> Iterator[tuple[int, list[Coded]]]:
-    size = ROWS_OF_FEW if few else ROW_TILE
-    for low, high in row_ranges(train, *span):
-        parts = [train.coded_rows(c, low, high) for c in range(train.num_checkpoints)]
-        for start in range(0, high - low, size):
-            cut, tile = slice(start, start + size), []
-            for stored, factor in parts:
-                factor = factor if factor is None else factor[cut]
-                if few:
-                    tile.append(Coded(stored[cut], factor, None))
-                else:
-                    rows = stored[cut].bfloat16()
-                    tile.append(Coded(rows, factor, rows.float().norm(dim=1)))
-            yield low + start, tile
+def _tiles(parts: list[Coded], few: bool, size: int) -> Iterator[tuple[int, list[Tile]]]:
+    for start in range(0, len(parts[0][0]), size):
+        cut, tile = slice(start, start + size), []
+        for stored, factor in parts:
+            factor = factor if factor is None else factor[cut]
+            if few:
+                tile.append(Tile(stored[cut], factor, None))
+            else:
+                rows = stored[cut].bfloat16()
+                tile.append(Tile(rows, factor, rows.float().norm(dim=1)))
+        yield start, tile
 
 
 def _add_tile(
-    kept: Shortlist, queries: Rounded, rows: list[Coded], weights: Tensor, low: int
+    kept: Shortlist, queries: Rounded, rows: list[Tile], weights: Tensor, low: int
 ) -> None:
     factors, lengths = [], []
     for c, x in enumerate(rows):
@@ -185,7 +182,6 @@ def _add_tile(
             part = queries.products(c, some, x.rows).mul_(factor)
             score = part if score is None else score.add_(part)
         assert score is not None
-        refuse_not_finite(score, first, low)
         kept.add(score, queries.error[:, some], torch.stack(lengths), low, first)
 
 
@@ -200,68 +196,96 @@ class Shortlist:
 
     def __init__(self, num_queries: int, k: int) -> None:
         self.num_queries = num_queries
-        self.given_up = torch.zeros(num_queries, dtype=torch.bool)
+        self.given_up = np.zeros(num_queries, bool)
         self._k = k
-        self._best, self._worst = Heaps(num_queries, k, largest=True), Heaps(num_queries, k)
-        self._most = max(16 * k, PAIRS // max(1, num_queries))
-        self._parts: list[tuple[Tensor, ...]] = []
+        self._ends = np.full((2, num_queries, k), -np.inf, np.float32)  # best ``below``, −``above``
+        self._least, self._most = _decided(self._ends)
+        self._room = max(16 * k, PAIRS // max(1, num_queries))
+        self._parts: list[tuple[np.ndarray, ...]] = []
         self._count = 0
+        self._new: list[tuple[np.ndarray, ...]] = []  # that have decided nothing yet
+        self._waiting = np.zeros(num_queries, np.int64)  # how many, of each query
 
     def add(self, score: Tensor, error: Tensor, lengths: Tensor, low: int, first: int) -> None:
         """s [r, width] of the queries first.. and the rows low.. (in ascending order), ε' [C, r],
-        ‖x‖ [C, width]."""
+        ‖x‖ [C, width]. Raises StoreError if a score is not finite.
+        """
         count, width = score.shape
-        if low < self._k:  # until there are k of each, nothing is decided
-            slack = error.T @ lengths
-            self._best.add(score - slack, low, first)
-            self._worst.add(score + slack, low, first)
-        least, most = (end[first : first + count] for end in self._ends())
-        slack = ((error.T @ lengths.amax(1)) * (1 + ROUNDING))[:, None]
+        s, some = score.numpy(), slice(first, first + count)
+        decided = self._least[some].min() > -np.inf
+        if not decided:
+            slack = (error.T @ lengths).numpy()
+            self._decide(some, np.stack([s - slack, -s - slack]))
+        slack = ((error.T @ lengths.amax(1)) * (1 + ROUNDING)).numpy()
         # numpy's comparisons are twice as fast as torch's, its search for the true ones seven times
-        near = score.numpy() >= (least[:, None] - slack).numpy()
-        near |= score.numpy() <= (most[:, None] + slack).numpy()
-        place = torch.from_numpy(np.flatnonzero(near))
-        query, row = place // width, place % width
-        own = (error.T[query] * lengths.T[row]).sum(1)
-        picked = score.flatten()[place]
+        far = s < (self._least[some] - slack)[:, None]
+        far &= s > (self._most[some] + slack)[:, None]
+        place = np.flatnonzero(np.logical_not(far, out=far))  # also what is no number
+        picked = s.ravel().take(place)
+        if not np.isfinite(picked.sum()):
+            refuse_not_finite(score, first, low)
+        query = place // width
+        row = place - query * width
+        own = np.zeros_like(picked)
+        for e, x in zip(error.numpy(), lengths.numpy(), strict=True):
+            own += e.take(query) * x.take(row)
         below, above = picked - own, picked + own
-        if low >= self._k:
-            counts = query.bincount(minlength=count)
-            nth = torch.arange(len(query)) - (counts.cumsum(0) - counts)[query]
-            lines = torch.full((2, count, int(counts.max())), -torch.inf)
-            lines[0, query, nth] = below
-            lines[1, query, nth] = -above
-            self._best.add(lines[0], 0, first)
-            self._worst.add(lines[1].neg_(), 0, first)
-        self._parts.append((query + first, row + low, below, above))
-        self._count += len(query)
-        if self._count > 2 * self.num_queries * self._most:
+        self._parts.append(((query + first << ROW_BITS) + (row + low), below, above))
+        self._count += len(place)
+        if decided:
+            counts, waiting = np.bincount(query, minlength=count), self._waiting[some]
+            nth = np.arange(len(place)) + (waiting - counts.cumsum() + counts).take(query)
+            waiting += counts
+            self._new.append((query + first, nth, below, above))
+            if self._waiting.sum() >= self.num_queries * self._k // 2:
+                self._settle()
+        if self._count > 2 * self.num_queries * self._room:
             self._forget()
 
     def finish(self) -> tuple[Tensor, Tensor]:
         """(queries, rows) [p] int64 of the pairs that stay in doubt, in this order."""
+        self._settle()
         self._forget()
-        query, row = self._parts[0][:2]
-        order = query.argsort(stable=True)
-        return query[order], row[order]
+        pairs = torch.from_numpy(np.sort(self._parts[0][0]))
+        return pairs >> ROW_BITS, pairs & (1 << ROW_BITS) - 1
 
-    def _ends(self) -> tuple[Tensor, Tensor]:
-        """What ``above`` of the k best is at least, and ``below`` of the k worst at most [m]."""
-        best, worst = (torch.from_numpy(h.values[:, 0].copy()) for h in (self._best, self._worst))
-        return _lowered(best), -_lowered(-worst)
+    def _settle(self) -> None:
+        """What the pairs that came since the last time decide."""
+        width = int(self._waiting.max())
+        lines = np.full((2, self.num_queries, width), -np.inf, np.float32)
+        for query, nth, below, above in self._new:
+            place = query * width + nth
+            lines[0].ravel()[place], lines[1].ravel()[place] = below, -above
+        self._decide(slice(None), lines)
+        self._waiting[:] = 0
+        self._new = []
+
+    def _decide(self, some: slice, lines: np.ndarray) -> None:
+        """From ``below`` and −``above`` [2, r, width] of more pairs of some queries."""
+        held = np.concatenate([lines, self._ends[:, some]], axis=2)
+        held.partition(lines.shape[2])
+        self._ends[:, some] = held[:, :, lines.shape[2] :]
+        self._least, self._most = _decided(self._ends)
 
     def _forget(self) -> None:
         """What later rows have decided, and queries of which too much stays in doubt."""
-        query, row, below, above = (torch.cat(part) for part in zip(*self._parts, strict=True))
-        least, most = self._ends()
-        stays = ((above >= least[query]) | (below <= most[query])) & ~self.given_up[query]
-        counts = query[stays].bincount(minlength=self.num_queries)
-        self.given_up |= counts > self._most
-        stays &= ~self.given_up[query]
-        self._parts = [tuple(part[stays] for part in (query, row, below, above))]
-        self._count = int(stays.sum())
+        pairs, below, above = (np.concatenate(part) for part in zip(*self._parts, strict=True))
+        query = pairs >> ROW_BITS
+        gone = (above < self._least.take(query)) & (below > self._most.take(query))
+        stays = np.flatnonzero(~(gone | self.given_up[query]))
+        counts = np.bincount(query[stays], minlength=self.num_queries)
+        self.given_up |= counts > self._room
+        if self.given_up.any():
+            stays = stays[~self.given_up[query[stays]]]
+        self._parts = [(pairs[stays], below[stays], above[stays])]
+        self._count = len(stays)
 
 
-def _lowered(below: Tensor) -> Tensor:
-    """The least ``above`` of which above + ρ|above| reaches below − ρ|below|."""
-    return below - 2.5 * ROUNDING * below.abs()
+def _decided(ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What ``above`` of the k best is at least, and ``below`` of the k worst at most [m].
+
+    The least ``above`` of which above + ρ|above| reaches the kth below − ρ|below|.
+    """
+    below = ends[:, :, 0]
+    least, most = below - 2.5 * ROUNDING * np.abs(below)
+    return least, -most
