@@ -14,6 +14,7 @@ import torch
 from memory_store import make_store
 from test_scorer_store import on_disk
 
+from tda.errors import StoreError
 from tda.recipes import RECIPES
 from tda.scorer import Prepared, prepare, shortlist, top_k
 from tda.scorer.pairs import pair_scores
@@ -213,6 +214,18 @@ def test_rows_that_are_all_alike_leave_every_query_to_the_plain_path(tmp_path, m
     for ranking in (found.proponents, found.opponents):
         assert (ranking.indices == np.arange(K)).all()
         assert (ranking.scores == ranking.scores[:, :1]).all()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_score_that_is_no_number_is_never_far_from_both_ends(bad):
+    """So only the pairs that are kept need be looked at for one."""
+    score = torch.randn(3, 20, generator=torch.Generator().manual_seed(0))
+    given = torch.full((1, 3), 1e-3), torch.ones(1, 20)
+    kept = shortlist.Shortlist(3, 2)
+    kept.add(score, *given, 0, 0)
+    score[1, 7] = bad
+    with pytest.raises(StoreError, match="query 1, training example 27"):
+        kept.add(score, *given, 20, 0)
 
 
 def test_deleted_rows_are_not_answers(tmp_path):

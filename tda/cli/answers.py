@@ -218,6 +218,7 @@ def write_scores(scores: da.Array, path: Path, *, queries: str, recipe: str) -> 
             chunks=chunks,
             dtype="float32",
             fill_value=float("nan"),
+            compressors=None,  # would save 8 % of the bytes for an eighth of the time
             dimension_names=("query", "train"),
             attributes={"queries": queries, "recipe": recipe, "sign": "positive helps the query"},
         )

@@ -51,8 +51,8 @@ __all__ = [
 T = TypeVar("T")
 Coded = tuple[Tensor, Tensor | None]
 
-DECODED_BYTES = 4 * 2**20  # float32 rows at a time: larger buffers are mapped anew each time
-AHEAD = 4  # tiles
+DECODED_BYTES = 8 * 2**20  # float32 rows at a time: enough for BLAS, and caches hold them
+AHEAD = 4  # chunks
 QUERY_TILE = 1024  # queries multiplied with a tile of rows at a time
 TILE_SCORES = 2**24  # at most in a tile: rows of few dimensions come many at a time
 BLOCK_BYTES = (32 * 2**20, 256 * 2**20)  # of one task of a full score matrix
@@ -153,13 +153,9 @@ def block(prepared: Prepared, start: int, stop: int) -> Tensor:
 
 
 def stream(train: Table, start: int, stop: int) -> Iterator[tuple[int, int, list[Tensor]]]:
-    """(low, high, rows of every checkpoint float32), a few tiles ahead."""
-    return ahead(_decoded(train, start, stop))
-
-
-def _decoded(train: Table, start: int, stop: int) -> Iterator[tuple[int, int, list[Tensor]]]:
+    """(low, high, rows of every checkpoint float32), read ahead and decoded where they are used."""
     size = max(1, DECODED_BYTES // (4 * train.dim))
-    for low, high, parts in coded(train, start, stop):
+    for low, high, parts in ahead(coded(train, start, stop)):
         for first in range(low, high, size):
             last = min(first + size, high)
             cut = slice(first - low, last - low)
@@ -236,7 +232,9 @@ class ScoreMatrix:
         wanted = np.arange(self.shape[1])[rows]
         some = self.prepared.select(np.atleast_1d(np.arange(self.shape[0])[which]))
         low, high = (wanted.min(), wanted.max() + 1) if wanted.size else (0, 0)
-        scores = block(some, int(low), int(high)).numpy()[:, wanted - low]
+        scores = block(some, int(low), int(high)).numpy()
+        if not isinstance(rows, slice) or rows.step not in (None, 1):
+            scores = scores[:, wanted - low]
         return scores if np.ndim(np.arange(self.shape[0])[which]) else scores[0]
 
 
