@@ -119,9 +119,9 @@ def _table(
 
 def _bases(run: Run, dataset: Any, batch_size: BatchSize) -> None:
     """Fitted again, and kept if they are the same. Raises StoreError if they are not."""
-    spec = {k: v for k, v in run.store.manifest["projection"].items() if k != "bases_digest"}
+    projection = Projection.stored(run.store.manifest["projection"])
     assert run.task is not None
-    bases = Featurizer(run.task).fit(Projection(**spec), as_dataset(dataset), batch_size, False)
+    bases = Featurizer(run.task).fit(projection, as_dataset(dataset), batch_size, False)
     data = bases_to_bytes(bases)
     if bases_digest(data) != run.store.manifest["projection"]["bases_digest"]:
         raise StoreError(

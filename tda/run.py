@@ -283,9 +283,7 @@ class Run:
                 + (", ".join(self.queries) or "none yet"),
             )
         if self._featurizer is None or self._featurizer.projector is None:
-            spec = dict(self.store.manifest["projection"])
-            spec.pop("bases_digest", None)
-            projection = Projection(**spec)
+            projection = Projection.stored(self.store.manifest["projection"])
             bases = None
             if projection.needs_pilot:
                 bases = read_bases(self.path, self.store.manifest, self.task)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,15 +11,21 @@ from torch import Tensor
 import tda
 from tda.errors import ConfigError
 from tda.gradients import Dense, Factor, Lookup, Outer
-from tda.projection import Pilot, Projection, _stride
+from tda.projection import Pilot, Projection, _ring
 from tda.projection import tiles as tiling
 from tda.projection.kronecker import _leading
 from tda.projection.sketches import CountSketch
 
 SHAPES = [(30, 40), (100, 70), (30, 200), (7, 5)]  # sides below and above DIM
 DIM = 64
-FORMS = [{}, {"rank_one": ["w"]}, {"rank_one": ["w"], "strides": {"w": 2}}]
-by_form = pytest.mark.parametrize("form", FORMS, ids=["runs", "outer", "strided"])
+by_form = pytest.mark.parametrize("form", ["runs", "outer", "rings"])
+
+
+def count_sketch(form: str, seed: int, shape: tuple[int, int], **more: Any) -> CountSketch:
+    if form == "runs":
+        return CountSketch(DIM, seed, {"w": shape}, **more)
+    ring = _ring(DIM, min(shape)) if form == "rings" else None
+    return CountSketch(DIM, seed, {"w": shape}, ["w"], ring=ring, **more)
 
 
 def outer(rows: int, columns: int, positions: int = 1, examples: int = 6) -> Outer:
@@ -33,12 +41,12 @@ def sketched(sketch: CountSketch, factor: Factor) -> Tensor:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dim", [DIM, 63])
-@pytest.mark.parametrize("strided", [False, True])
-def test_the_sketch_of_an_outer_product_is_that_of_its_matrix(shape, dim, strided):
+@pytest.mark.parametrize("on_rings", [False, True])
+def test_the_sketch_of_an_outer_product_is_that_of_its_matrix(shape, dim, on_rings):
     """By Fourier transforms of the two sides, and coordinate by coordinate."""
     factor = outer(*shape)
-    stride = _stride(dim, min(shape)) if strided else 1
-    sketch = CountSketch(dim, 3, {"w": shape}, ["w"], strides={"w": stride})
+    ring = _ring(dim, min(shape)) if on_rings else None
+    sketch = CountSketch(dim, 3, {"w": shape}, ["w"], ring=ring)
     fast = sketched(sketch, factor)
     slow = sketched(sketch, Dense(factor.rows(0, shape[0])))
     torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-4 * float(slow.abs().max()))
@@ -49,7 +57,7 @@ def test_the_sketch_of_an_outer_product_is_that_of_its_matrix(shape, dim, stride
 def test_each_coordinate_goes_to_one_bucket_with_one_sign(shape, form):
     """The columns of P, one unit gradient at a time: entries in {0, ±1}, one not 0."""
     num = shape[0] * shape[1]
-    sketch = CountSketch(DIM, 1, {"w": shape}, **form)
+    sketch = count_sketch(form, 1, shape)
     columns = sketched(sketch, Dense(torch.eye(num).reshape(num, *shape)))
     assert torch.equal(columns.abs().sum(1), torch.ones(num))
     assert torch.equal(columns.abs().max(1).values, torch.ones(num))
@@ -65,7 +73,7 @@ def test_products_are_unbiased_with_the_variance_of_a_sketch(form):
         [
             (rows @ rows.T - exact) / (norms[:, None] * norms)
             for seed in range(seeds)
-            for rows in [sketched(CountSketch(DIM, seed, {"w": (30, 40)}, **form), factor)]
+            for rows in [sketched(count_sketch(form, seed, (30, 40)), factor)]
         ]
     )
     apart = ~torch.eye(len(exact), dtype=torch.bool)
@@ -114,7 +122,7 @@ def test_only_large_layers_with_one_position_are_sketched_as_outer_products(tmp_
     task = tda.Task(model)
     run = tda.index(task, data, tmp_path / "run", proj_dim=32, progress=False)
     assert run.store.manifest["projection"]["rank_one"] == ["0.weight"]
-    assert run.store.manifest["projection"]["strides"] == {"0.weight": 4}
+    assert run.store.manifest["projection"]["ring"] == 8
     before = run.store.table("train").rows(0, 0, 20)
     again = tda.index(task, data, tmp_path / "run", proj_dim=32, progress=False)
     name = tda.open(tmp_path / "run", task=task).add_queries(data, "same")
@@ -122,12 +130,20 @@ def test_only_large_layers_with_one_position_are_sketched_as_outer_products(tmp_
     torch.testing.assert_close(queries, before, rtol=2**-7, atol=1e-6)  # train rows are bfloat16
 
 
-@pytest.mark.parametrize("stride", [3, 16])
-def test_a_stride_divides_the_row_and_goes_round_it_once(stride):
-    projection = Projection("count_sketch", DIM, rank_one=["w"], strides={"w": stride})
+@pytest.mark.parametrize("ring", [24, 4])
+def test_rings_divide_the_row_and_hold_the_shorter_side(ring):
+    projection = Projection("count_sketch", DIM, rank_one=["w"], ring=ring)
     with pytest.raises(ConfigError, match="another model") as caught:
         projection.bind({"w": (8, 500)})
-    assert caught.value.found == f"a stride of {stride}"
+    assert caught.value.found == f"rings of {ring} of {DIM} for (8, 500)"
+
+
+def test_one_ring_holds_the_shorter_sides_of_all():
+    shapes = {"a": (10, 500), "b": (500, 17), "c": (3, 3)}
+    assert Projection("count_sketch", DIM).resolve(shapes, ["a", "b", "c"], {}).ring == 32
+    assert Projection("count_sketch", DIM).resolve(shapes, ["c"], {}).ring is None
+    wide = {"a": (10, 500), "b": (500, 65)}
+    assert Projection("count_sketch", DIM).resolve(wide, ["a", "b"], {}).ring is None
 
 
 def test_a_count_sketch_wider_than_the_model_is_the_gradient_itself():
@@ -177,8 +193,8 @@ def test_coordinates_of_a_filter_are_counted_channel_by_channel_last(form):
     kernel, channels = 6, 4
     gradients = torch.randn(5, 10, channels, kernel)
     turned = gradients.mT.flatten(2)
-    sketch = CountSketch(DIM, 3, {"w": (10, 24)}, filters={"w": kernel}, **form)
-    plain = CountSketch(DIM, 3, {"w": (10, 24)}, **form)
+    sketch = count_sketch(form, 3, (10, 24), filters={"w": kernel})
+    plain = count_sketch(form, 3, (10, 24))
     found = sketched(sketch, Dense(gradients.flatten(2)))
     torch.testing.assert_close(found, sketched(plain, Dense(turned)))
 

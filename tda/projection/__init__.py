@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -51,9 +51,8 @@ __all__ = [
 
 # A layer this many times larger than dim is sketched faster by three Fourier transforms.
 _WORTH_TRANSFORMING = 8
-_WORTH_STRIDING = 4
 
-_FOUND = ("rank_one", "strides", "filters")  # fields that come from looking at a few examples
+_FOUND = ("rank_one", "ring", "filters")  # fields that come from looking at a few examples
 
 KINDS = ("count_sketch", "two_stage", "kronecker", "eigenbasis", "rademacher", "identity")
 
@@ -64,7 +63,7 @@ class Projection:
 
     dim: numbers kept an example. seed: of all randomness. rank: rows of each side's basis, for
     two_stage. basis: "eigen" (of a pilot's second moments) or "random", for two_stage and
-    kronecker. num_fit: most training examples that an eigenbasis is fitted on. rank_one, strides,
+    kronecker. num_fit: most training examples that an eigenbasis is fitted on. rank_one, ring,
     filters: found by `resolve`, for count_sketch. Raises ConfigError.
     """
 
@@ -74,7 +73,7 @@ class Projection:
     rank: int = 64
     basis: str = "eigen"
     rank_one: Sequence[str] = ()
-    strides: Mapping[str, int] = field(default_factory=dict)
+    ring: int | None = None
     filters: Mapping[str, int] = field(default_factory=dict)
     num_fit: int = 4096
 
@@ -96,6 +95,20 @@ class Projection:
             raise ConfigError("the seed is no whole number", found=repr(self.seed))
         if self.basis not in ("eigen", "random"):
             raise ConfigError(f"unknown basis {self.basis!r}", wanted="eigen, random")
+
+    @staticmethod
+    def stored(spec: Mapping[str, Any]) -> Projection:
+        """That of a manifest. Raises ConfigError where it has what this version does not know."""
+        given = {name: value for name, value in spec.items() if name != "bases_digest"}
+        unknown = given.keys() - {known.name for known in fields(Projection)}
+        if unknown:
+            raise ConfigError(
+                "this run was made with a projection that this version does not know",
+                where="manifest, projection",
+                found=", ".join(sorted(unknown)),
+                do="use the version of tda that made it (manifest, versions), or index again",
+            )
+        return Projection(**given)
 
     @property
     def needs_pilot(self) -> bool:
@@ -134,7 +147,7 @@ class Projection:
 
         With ``dim`` ≥ their number there is nothing to project: identity. ``rank_one`` are those
         whose gradient at an example is an outer product: where they are large, a count sketch
-        takes the sketch of an outer product, and where one side is short, strides over it.
+        takes the sketch of an outer product, on rings that the shorter sides of all of them fit.
         ``filters`` are those of convolutions of many channels, with the size of their kernel:
         their patches are copied channels last.
         """
@@ -146,11 +159,11 @@ class Projection:
         if self.kind != "count_sketch":
             return self
         large = [name for name in rank_one if sizes[name] > _WORTH_TRANSFORMING * self.dim]
-        strides = {name: _stride(self.dim, min(shapes[name])) for name in large}
+        ring = _ring(self.dim, max((min(shapes[name]) for name in large), default=self.dim))
         return replace(
             self,
             rank_one=sorted(large),
-            strides={name: stride for name, stride in strides.items() if stride >= _WORTH_STRIDING},
+            ring=ring if ring < self.dim else None,
             filters=dict(filters),
         )
 
@@ -165,18 +178,16 @@ class Projection:
         Raises ConfigError where what was found by `resolve` is not of such parameters.
         """
         _check_fit(shapes, self.rank_one, self.filters)
-        for name, stride in self.strides.items():
-            fits = name in self.rank_one and self.dim % stride == 0
-            if not fits or stride * min(shapes[name]) > self.dim:
-                raise _misfit(name, f"a stride of {stride}")
+        ring = self.ring or self.dim
+        for name in self.rank_one if ring < self.dim else ():
+            if self.dim % ring or min(shapes[name]) > ring:
+                raise _misfit(name, f"rings of {ring} of {self.dim} for {shapes[name]}")
         if self.kind == "identity":
             return Identity(shapes)
         if self.kind == "rademacher":
             return Rademacher(self.dim, self.seed, shapes)
         if self.kind == "count_sketch":
-            return CountSketch(
-                self.dim, self.seed, shapes, self.rank_one, self.filters, self.strides
-            )
+            return CountSketch(self.dim, self.seed, shapes, self.rank_one, self.filters, self.ring)
         if bases is None:
             raise ConfigError(f"projection {self.kind!r} needs the bases of a pilot")
         if self.kind == "eigenbasis":
@@ -185,9 +196,9 @@ class Projection:
         return Kronecker(bases, mixed, self.seed)
 
 
-def _stride(dim: int, size: int) -> int:
-    """The largest divisor of ``dim`` by which ``size`` steps go round no more than once."""
-    return next((s for s in range(dim // size, 1, -1) if dim % s == 0), 1)
+def _ring(dim: int, size: int) -> int:
+    """The smallest divisor of ``dim`` that is not less than ``size``, or ``dim``."""
+    return next((ring for ring in range(size, dim) if dim % ring == 0), dim)
 
 
 def _check_fit(shapes: Shapes, rank_one: Collection[str], filters: Mapping[str, int]) -> None:
@@ -206,8 +217,8 @@ def _misfit(name: str, found: str) -> ConfigError:
         "the projection is of another model",
         where=f"projection, parameter {name!r}",
         found=found,
-        wanted="parameters of this model, kernels that divide their rows, strides that divide dim "
-        "and go round it once",
+        wanted="parameters of this model, kernels that divide their rows, rings that divide dim "
+        "and hold the shorter sides",
         do="give the task that the run was made by",
     )
 

@@ -24,7 +24,7 @@ from tda.projection.tiles import (
     total,
 )
 
-_SPAN_FLOATS = 2**18  # numbers transformed at a time: 1 MiB
+_SPAN_FLOATS = 2**17  # numbers transformed at a time: 512 KiB, in the cache with what comes of them
 
 
 def _each_tile(
@@ -112,8 +112,8 @@ class Sums(NamedTuple):
 class CountSketch:
     """Signed sums of runs of ``dim`` coordinates, each run shifted at random.
 
-    rank_one: parameters whose gradient at an example is one outer product, and strides: of the
-    shorter sides of some of them; see `OuterSketch`.
+    rank_one: parameters whose gradient at an example is one outer product, and ring: buckets of one
+    of their rings; see `OuterSketch`.
     filters: those of convolutions whose coordinates (output, channel, kernel) are counted in the
     order (output, kernel, channel), by the size of their kernel.
     """
@@ -127,13 +127,13 @@ class CountSketch:
         shapes: Shapes,
         rank_one: Sequence[str] = (),
         filters: Mapping[str, int] | None = None,
-        strides: Mapping[str, int] | None = None,
+        ring: int | None = None,
     ) -> None:
         self.dim = dim
+        self.ring = ring or dim
         self.filters = filters or {}
         self.outer = {
-            name: OuterSketch(dim, seed, name, shapes[name], (strides or {}).get(name, 1))
-            for name in rank_one
+            name: OuterSketch(dim, seed, name, shapes[name], self.ring) for name in rank_one
         }
         sizes = {n: rows * columns for n, (rows, columns) in shapes.items() if n not in rank_one}
         self.signs = {name: random_signs(size, seed, name) for name, size in sizes.items()}
@@ -198,7 +198,7 @@ class CountSketch:
         if waiting:
             for span in self._spans(runs):
                 products = (sketch.spectrum(outer.examples(span)) for sketch, outer in waiting)
-                rows[span] += torch.fft.irfft(total(products), n=self.dim)
+                rows[span] += torch.fft.irfft(total(products), n=self.ring).flatten(1)
         return rows
 
     def _spans(self, runs: Tensor) -> Iterator[slice]:
@@ -227,35 +227,33 @@ class OuterSketch:
     any size of layer. h scatters each run of ``dim`` coordinates by a random permutation, g shifts
     each run at random: two coordinates collide with probability at most 1/(dim−1).
 
-    stride: where more than 1, the longer side is scattered, and the shorter one lies at every
-    ``stride``-th bucket in order: its transform is a shorter one repeated, and the probability is
-    the same.
+    ring: less than dim where the shorter side fits. Then the buckets are rings of so many each, the
+    longer side is scattered over them all, and the shorter one goes on in order from there, round
+    its ring: the same probability, from shorter convolutions.
     """
 
-    def __init__(
-        self, dim: int, seed: int, name: str, shape: tuple[int, int], stride: int = 1
-    ) -> None:
-        self.dim = dim
+    def __init__(self, dim: int, seed: int, name: str, shape: tuple[int, int], ring: int) -> None:
+        self.ring = ring
         self.width = shape[1]
-        scattered = 0 if stride == 1 or shape[0] > shape[1] else 1
         self.sides = []
+        scattered = 0 if ring == dim or shape[0] > shape[1] else 1
         for side, (size, role) in enumerate(zip(shape, ("/left", "/right"), strict=True)):
-            runs = range(0, size, dim)
+            signs, runs = random_signs(size, seed, name + role).float(), range(0, size, dim)
             if side == scattered:
                 parts = [random_permutation(dim, seed, name, f"run{first}") for first in runs]
-                places = torch.cat(parts)[:size]
-            elif stride > 1:
-                places = torch.arange(size) * stride
+                self.sides.append(_Side.of(signs, torch.cat(parts)[:size], dim))
+            elif ring < dim:
+                self.sides.append(_Side.of(signs, torch.arange(size), ring))
             else:
                 shifts = torch.tensor(random_shifts(size, dim, seed, name + role))
-                places = (torch.arange(size) + shifts.repeat_interleave(dim)[:size]) % dim
-            signs = random_signs(size, seed, name + role).float()
-            self.sides.append(_Side(dim, signs, places, 1 if side == scattered else stride))
+                places = torch.arange(size) + shifts.repeat_interleave(dim)[:size]
+                self.sides.append(_Side.of(signs, places % dim, dim))
 
     def spectrum(self, outer: Outer) -> Tensor:
-        """The Fourier transform of the sketch, ``[example, dim // 2 + 1]`` complex."""
+        """The Fourier transform of each ring, ``[example, dim // ring, ring // 2 + 1]`` complex."""
         left, right = self.sides
-        return left.spectrum(outer.left[:, 0, 0]) * right.spectrum(outer.right[:, 0, 0])
+        vectors = outer.left[:, 0, 0], outer.right[:, 0, 0]
+        return left.spectrum(vectors[0], self.ring) * right.spectrum(vectors[1], self.ring)
 
     def add_tile(self, runs: Tensor, tile: Tile) -> None:
         """The same sketch of any gradient of this shape, coordinate by coordinate: slower."""
@@ -263,30 +261,40 @@ class OuterSketch:
         row, column = place // self.width, place % self.width
         left, right = self.sides
         signs = left.signs[row] * right.signs[column]
-        buckets = (left.places[row] + right.places[column]) % self.dim
+        first, second = left.places[row], right.places[column]
+        inside = (first + second) % self.ring
+        buckets = (first - first % self.ring) + (second - second % self.ring) + inside
         runs.index_add_(1, buckets.to(runs.device), tile.values * signs.to(runs))
 
 
 class _Side(NamedTuple):
-    """Coordinate j of a vector goes to ``places[j]`` – stride·j, if that is not 1 – with a sign."""
+    """Coordinate j of a vector goes to ``places[j]`` of ``length``, times ``signs[j]``.
 
-    dim: int
+    sources: for each run of ``length`` coordinates, the one that each place has, or the number of
+    all where it has none; nothing where the places are in order.
+    """
+
     signs: Tensor
     places: Tensor
-    stride: int
+    length: int
+    sources: list[Tensor]
 
-    def spectrum(self, vector: Tensor) -> Tensor:
-        """Of the sketch of vectors ``[example, size]``: ``[example, dim // 2 + 1]`` complex."""
+    @staticmethod
+    def of(signs: Tensor, places: Tensor, length: int) -> _Side:
+        size, sources = len(places), []
+        if not torch.equal(places, torch.arange(size)):
+            for first in range(0, size, length):
+                run = places[first : first + length]
+                source = torch.full((length,), size)
+                source[run] = torch.arange(first, first + len(run))
+                sources.append(source)
+        return _Side(signs, places, length, sources)
+
+    def spectrum(self, vector: Tensor, ring: int) -> Tensor:
+        """Of the sketch of vectors ``[example, size]``: ``[example, ring, frequency]`` complex."""
         signed = vector.float() * self.signs.to(vector.device)
-        if self.stride > 1:
-            once = torch.fft.fft(signed, n=self.dim // self.stride)
-            return once.repeat(1, self.stride // 2 + 1)[:, : self.dim // 2 + 1]
-        sketch = total(
-            part.new_zeros(len(part), self.dim).scatter_(1, places.expand_as(part), part)
-            for part, places in zip(
-                signed.split(self.dim, 1),
-                self.places.to(vector.device).split(self.dim),
-                strict=True,
-            )
-        )
-        return torch.fft.rfft(sketch)
+        if not self.sources:
+            return torch.fft.rfft(signed[:, None], n=self.length)
+        filled = F.pad(signed, (0, 1))
+        sketch = total(filled.index_select(1, s.to(vector.device)) for s in self.sources)
+        return torch.fft.rfft(sketch.unflatten(1, (-1, ring)))

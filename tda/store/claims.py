@@ -42,7 +42,7 @@ class Projection(_Claim):
     kind: str = "identity"
     seed: int = 0
     rank_one: list[str] = []
-    strides: dict[str, Count] = {}
+    ring: Annotated[int, Field(ge=1)] | None = None
     filters: dict[str, Count] = {}
     bases_digest: str | None = None
 
