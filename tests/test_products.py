@@ -95,3 +95,25 @@ def test_attention_taken_apart_is_attention(faster, causal, masked):
             torch.autograd.grad(found.square().sum(), parts), gradients, strict=True
         ):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_in_bfloat16_is_taken_apart_within_its_rounding(causal, scale):
+    """Whatever the machine: values and gradients are as near to float64's as the fused kernel's."""
+    exact = [torch.randn(2, 3, 7, 4, dtype=torch.float64) for _ in range(3)]
+    ways = {
+        "exact": (F.scaled_dot_product_attention, torch.float64),
+        "fused": (F.scaled_dot_product_attention, torch.bfloat16),
+        "apart": (products.attention, torch.bfloat16),
+    }
+    found = {}
+    for name, (way, kind) in ways.items():
+        parts = [x.bfloat16().to(kind).requires_grad_() for x in exact]
+        out = way(*parts, is_causal=causal, scale=scale)
+        grads = torch.autograd.grad(out.square().sum(), parts)
+        found[name] = torch.stack([out, *grads]).double()
+    assert not torch.equal(found["apart"], found["fused"])
+    errors = {name: (found[name] - found["exact"]).norm() for name in ("fused", "apart")}
+    assert errors["apart"] < 2 * errors["fused"]
+    assert errors["apart"] < 0.02 * found["exact"].norm()

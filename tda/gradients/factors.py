@@ -58,7 +58,7 @@ class Outer:
 
     def rows(self, start: int, stop: int) -> Tensor:
         """G[start:stop] at each example, ``[example, stop-start, I]`` float32."""
-        left, right = self._alike()
+        left, right = self.alike()
         if self.is_rank_one:
             return (left[:, 0, 0, start:stop, None] * right[:, 0, 0, None]).float()
         if left.shape[2] == 1:
@@ -77,7 +77,8 @@ class Outer:
     def _right_dtype(self) -> torch.dtype:
         return self.right.dtype
 
-    def _alike(self) -> tuple[Tensor, Tensor]:
+    def alike(self) -> tuple[Tensor, Tensor]:
+        """Both sides in the type that they are multiplied in."""
         return self.left.to(self._kind), self.right.to(self._kind)
 
     def compress(self, left_basis: Tensor, right_basis: Tensor) -> Tensor:
@@ -106,7 +107,7 @@ class Outer:
 
     def gram_square_norm(self) -> Tensor:
         """The same of one group, whatever it costs."""
-        left, right = (side[:, :, 0] for side in self._alike())
+        left, right = (side[:, :, 0] for side in self.alike())
         if left.shape[1] == 1:
             return (_norm(left) * _norm(right)).square()
         grams = torch.bmm(left, left.mT).float(), torch.bmm(right, right.mT).float()

@@ -75,7 +75,7 @@ def _outer(left: Tensor, right: Tensor) -> Outer:
 
 def _vector(grad: Tensor) -> Dense:
     """A vector parameter, gradient ``[example, position, O]`` summed over positions."""
-    whole = grad[:, 0].float() if grad.shape[1] == 1 else grad.float().sum(1)
+    whole = grad[:, 0].float() if grad.shape[1] == 1 else grad.sum(1, dtype=torch.float32)
     return Dense(whole[:, :, None])
 
 
@@ -125,7 +125,7 @@ def _affine(call: Call, grad: Tensor, normal: Tensor, weight: Any, bias: Any, ax
     """y = x̂·w + b with w, b over the last ``axes`` axes of x̂."""
     g, x = call.positions(grad, axes), call.positions(normal, axes)
     yield weight, Dense(_matrix((g.float() * x.float()).sum(1)))
-    yield bias, Dense(_matrix(g.float().sum(1)))
+    yield bias, Dense(_matrix(g.sum(1, dtype=torch.float32)))
 
 
 def _matrix(per_example: Tensor) -> Tensor:

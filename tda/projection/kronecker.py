@@ -78,7 +78,9 @@ class Pilot:
             moments = _moments(factors)
             left += moments[0].cpu() if len(left) else 0.0
             right += moments[1].cpu() if len(right) else 0.0
-        energy = float(square_norm(factors).double().sum())
+            energy = float(moments[0].trace())
+        else:
+            energy = float(square_norm(factors).double().sum())
         self.energy[name] = self.energy.get(name, 0.0) + energy
 
     def bases(self, shapes: Shapes, dim: int, rank: int | None, random: bool, seed: int) -> Bases:
@@ -116,13 +118,13 @@ def _moments(factors: list[Factor]) -> tuple[Tensor, Tensor]:
     num_rows, width = factors[0].shape
     outer = factors[0]
     if len(factors) == 1 and isinstance(outer, Outer) and outer.left.shape[2] == 1:
-        left, right = outer.left[:, :, 0].float(), outer.right[:, :, 0].float()
+        left, right = (side[:, :, 0] for side in outer.alike())
         if left.shape[1] < min(num_rows, width):
             weighted = torch.bmm(torch.bmm(right, right.mT), left)
             other = torch.bmm(torch.bmm(left, left.mT), right)
             return (
-                left.flatten(0, 1).T @ weighted.flatten(0, 1),
-                right.flatten(0, 1).T @ other.flatten(0, 1),
+                (left.flatten(0, 1).T @ weighted.flatten(0, 1)).float(),
+                (right.flatten(0, 1).T @ other.flatten(0, 1)).float(),
             )
     grad = total([factor.rows(0, num_rows) for factor in factors])
     return torch.einsum("boi,bpi->op", grad, grad), torch.einsum("boi,boj->ij", grad, grad)

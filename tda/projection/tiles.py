@@ -14,9 +14,9 @@ from torch import Tensor
 from tda.gradients import Convolved, Factor, Lookup, Outer
 
 Shapes = Mapping[str, tuple[int, int]]  # each parameter as a matrix [O, I]
-_TILE_FLOATS = 2**20  # one tile of gradients: 4 MiB, in the cache
+_TILE_FLOATS = 2**21  # one tile of gradients: 8 MiB, which stays in a cache
 _GPU_TILE_FLOATS = 2**26  # there a tile costs launches, and no cache would hold it
-_FEW = 16  # examples of a tile, at least: each costs the overhead of a tile again
+_FEW = 8  # examples of a tile, at least: each costs the overhead of a tile again
 
 
 def random_bits(count: int, seed: int, name: str, role: str) -> np.ndarray:
