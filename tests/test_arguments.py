@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import tda
-from tda.errors import ConfigError, TaskError
+from tda.errors import ConfigError, GradientError, TaskError
 
 MODEL: Any = nn.Linear(2, 3)
 DATA = (torch.randn(4, 2), torch.arange(4) % 3)
@@ -42,6 +42,38 @@ def test_what_are_no_checkpoints(given: Any) -> None:
 def test_a_device_that_torch_does_not_know() -> None:
     with pytest.raises(TaskError, match=r"no device 'gpu'[^§]*cuda"):
         tda.Task(MODEL, device="gpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has what is to be absent")
+def test_a_device_that_this_machine_does_not_have(tmp_path: Path) -> None:
+    task = tda.Task(MODEL, device="cuda")  # may be made here for another machine
+    with pytest.raises(TaskError, match=r"'cuda' cannot be used here[^§]*cpu"):
+        tda.index(task, DATA, tmp_path / "run", progress=False)
+
+
+@pytest.mark.parametrize("given", [None, 3], ids=str)
+def test_what_names_no_place(given: Any) -> None:
+    for use in (lambda: tda.open(given), lambda: tda.index(tda.Task(MODEL), DATA, given)):
+        with pytest.raises(ConfigError, match=rf"no place[^§]*{given}[^§]*folder"):
+            use()
+
+
+def test_a_recorder_is_told_what_to_keep(tmp_path: Path) -> None:
+    keep: Any = None
+    with pytest.raises(TaskError, match=r"number of steps[^§]*None"):
+        tda.Recorder(tmp_path / "rec", MODEL, torch.optim.SGD(MODEL.parameters(), 0.1), keep)
+
+
+WRONG = {"shape": (torch.randn(3, 5), torch.zeros(3).long()), "label": (DATA[0], DATA[1] + 3)}
+
+
+@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize("batch_size", ["auto", 2])
+def test_queries_that_the_model_cannot_take(name: str, batch_size: Any, tmp_path: Path) -> None:
+    """By the run that has just been indexed, whose first batch went well."""
+    run = tda.index(tda.Task(MODEL), DATA, tmp_path / "run", proj_dim=8, progress=False)
+    with pytest.raises(GradientError, match=r"fails on a batch[^§]*float32 \[\d, \d\], int64"):
+        run.add_queries(WRONG[name], batch_size=batch_size)
 
 
 def test_what_is_no_projection(tmp_path: Path) -> None:

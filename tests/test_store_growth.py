@@ -252,6 +252,14 @@ def test_a_finite_number_that_bfloat16_cannot_hold_is_refused(planned, dtype):
         table.write(0, 0, rows, columns, embedding)
 
 
+@pytest.mark.parametrize(("number", "what"), [(np.nan, "not finite"), (np.inf, "too large")])
+def test_an_embedding_that_comes_rounded_is_refused_for_what_it_is(planned, number, what):
+    rows, columns, embedding = copy.deepcopy(values(0, 0, CHUNK))
+    embedding[2, 0] = number
+    with pytest.raises(GradientError, match=f"embedding of example.*{what}"):
+        planned["bfloat16"].put(0, 0, rows, columns, torch.from_numpy(embedding).bfloat16())
+
+
 def test_a_chunk_of_another_shape_is_refused(planned):
     table = planned["bfloat16"]
     rows, columns, embedding = values(0, 0, CHUNK)

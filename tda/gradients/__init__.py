@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,7 +110,7 @@ class Gradients:
         else:
             own = copy.deepcopy(model).eval()
             if not is_spread(model):
-                nn.Module.to(own, device)  # accelerate's own `to` is still that of the original
+                _move(own, device)
             parameters = {n: p for n, p in own.named_parameters() if n in set(trained)}
             own.requires_grad_(False)
             self._passes = Passes(own, parameters, measurement, torch.device(device), autocast)
@@ -163,7 +164,8 @@ class Gradients:
         the examples of a batch are not independent.
         """
         path = self._audited(batch, num_examples).path
-        return self._run(path, batch, num_examples, self._here(consume))
+        with _explained(batch, num_examples):
+            return self._run(path, batch, num_examples, self._here(consume))
 
     def reduced(
         self, batch: Any, num_examples: int, reduction: Reduction
@@ -171,10 +173,11 @@ class Gradients:
         """As a call with what ``reduction(num_examples, device)`` takes factors by, and what that
         gives: tensors ``[example, …]``. Processes that share a model divide the batch."""
         passes, path = self._passes, self._audited(batch, num_examples).path
-        if path == "tap" and 1 < passes.num_shares <= num_examples:
-            return passes.shared(batch, num_examples, self._copied, reduction)
-        consume, result = reduction(num_examples, self.device)
-        return *self._run(path, batch, num_examples, self._here(consume)), result()
+        with _explained(batch, num_examples):
+            if path == "tap" and 1 < passes.num_shares <= num_examples:
+                return passes.shared(batch, num_examples, self._copied, reduction)
+            consume, result = reduction(num_examples, self.device)
+            return *self._run(path, batch, num_examples, self._here(consume)), result()
 
     def _audited(self, batch: Any, num_examples: int) -> Audit:
         if self.audited is None:
@@ -207,7 +210,8 @@ class Gradients:
 
     def forward(self, batch: Any) -> Tensor:
         """f ``[example]``, with all that a backward pass to the weights would need."""
-        return self._passes.forward(batch)
+        with _explained(batch):
+            return self._passes.forward(batch)
 
     def apply(self, function: Callable[..., Any], batch: Any, *others: Any) -> Any:
         """``function(model, batch, *others)``, without gradients."""
@@ -262,20 +266,10 @@ class Gradients:
     def _alone(self, batch: Any, num_examples: int) -> tuple[Tensor, list[dict[str, Tensor]]]:
         """f and ∇f of examples by plain autograd, each in a batch of its own."""
         count = min(self.num_audited, num_examples)
-        try:
+        with _explained(batch, 1):
             pairs = [
                 self._passes.alone(example_of(batch, index, num_examples)) for index in range(count)
             ]
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            raise GradientError(
-                "the model or the measurement fails on a batch of one example",
-                found=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
-                wanted="a batch as the data set gives it: " + _describe(batch),
-                do="check types (float64 arrays: .astype('float32')), shapes and the measurement; "
-                "batch norm without running statistics needs other examples and is refused",
-            ) from error
         return torch.cat([output for output, _ in pairs]), [grads for _, grads in pairs]
 
     def _check_independence(self, batch: Any, alone: Tensor) -> None:
@@ -329,6 +323,40 @@ def _without_gradient(name: str) -> GradientError:
 def _lay_out(parameters: list[nn.Parameter], memory_format: torch.memory_format) -> None:
     for parameter in parameters:
         parameter.data = parameter.data.contiguous(memory_format=memory_format)
+
+
+def _move(model: nn.Module, device: str | torch.device) -> None:
+    """Raises TaskError where this machine has no such device."""
+    try:
+        nn.Module.to(model, device)  # accelerate's own `to` is still that of the original
+    except torch.OutOfMemoryError:
+        raise
+    except (AssertionError, RuntimeError) as error:  # as torch has it, of a build without it
+        raise TaskError(
+            f"device {str(device)!r} cannot be used here",
+            found=f"{type(error).__name__}: {str(error).splitlines()[0]}",
+            wanted="a device that torch has on this machine",
+            do='use device="cpu", or install the build of torch for this device',
+        ) from error
+
+
+@contextmanager
+def _explained(batch: Any, num_examples: int | None = None) -> Iterator[None]:
+    """Errors of the user's model or measurement say what they were given."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        count = {None: "a batch", 1: "a batch of one example"}
+        raise GradientError(
+            "the model or the measurement fails on "
+            + count.get(num_examples, f"a batch of {num_examples} examples"),
+            found=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
+            wanted="a batch as the data set gives it: " + _describe(batch),
+            do="check types (float64 arrays: .astype('float32')), shapes and the measurement; "
+            "batch norm without running statistics needs other examples and is refused",
+        ) from error
 
 
 def _describe(batch: Any) -> str:

@@ -63,6 +63,12 @@ def as_place(given: str | Place) -> Place:
     """
     if isinstance(given, Remote):
         return given
+    if not isinstance(given, str | os.PathLike):
+        raise ConfigError(
+            "this names no place",
+            found=repr(given),
+            wanted="a folder, s3://BUCKET/PREFIX, or PROFILE.toml/NAME",
+        )
     text = str(given)
     scheme = text.partition(":/")[0]
     if scheme in SCHEMES and isinstance(given, str):

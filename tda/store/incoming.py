@@ -43,7 +43,8 @@ def encode_chunk(table: Table, chunk: int, given: Mapping[str, Any]) -> dict[str
         if dtype in ("bfloat16", "int4"):
             stored = halves(parts[name], dtype)
             if not _is_finite(stored):
-                _refuse(table, ~torch.isfinite(stored), start, name, "is too large for bfloat16")
+                _refuse(table, stored.isnan(), start, name, "is not finite")
+                _refuse(table, stored.isinf(), start, name, "is too large for bfloat16")
     return parts
 
 

@@ -59,8 +59,9 @@ class Recorder:
         keep: int | Collection[int],
         start: int = 0,
     ) -> None:
-        if isinstance(keep, int) and keep < 1:
-            raise TaskError("keep is not a number of steps", found=keep, wanted="1 or more")
+        if not isinstance(keep, int | Collection) or (isinstance(keep, int) and keep < 1):
+            wanted = "1 or more, or the steps meant"
+            raise TaskError("keep is not a number of steps", found=repr(keep), wanted=wanted)
         self.folder = Path(folder)
         self._model = bare(model)
         self._require_whole(optimizer)
