@@ -127,6 +127,8 @@ def _is_unicode(text: str) -> bool:
 def decode_strings(stored: np.ndarray) -> np.ndarray:
     """The strings ``[n]`` of uint8 ``[n, width]``."""
     width = stored.shape[1]
+    if (stored < 128).all():  # ASCII: bytes are code points, as which numpy keeps texts
+        return stored.astype(np.uint32, order="C").view(f"U{width}")[:, 0]
     return np.char.decode(np.ascontiguousarray(stored).view(f"S{width}")[:, 0], "utf-8")
 
 
