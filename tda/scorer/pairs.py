@@ -7,17 +7,21 @@ have equal scores, to the bit, wherever they are and whatever else is asked.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tda.scorer import decoded
+
 if TYPE_CHECKING:
     from tda.scorer import Prepared
     from tda.store import Table
 
 GATHERED_BYTES = 8 * 2**20  # float32 rows read at a time
+DIMENSIONS = 256  # added up at a time: that much of these rows, and of queries, stays in a cache
 
 
 def pair_scores(prepared: Prepared, queries: Tensor, rows: Tensor) -> Tensor:
@@ -33,36 +37,49 @@ def pair_scores(prepared: Prepared, queries: Tensor, rows: Tensor) -> Tensor:
     weights = prepared.row_weights[:, rows]
     total = torch.zeros(len(rows), dtype=prepared.queries[0].dtype)
     borders = torch.searchsorted(place // size, torch.arange(-(-len(unique) // size) + 1)).tolist()
+    parts = [[x.contiguous() for x in q.split(DIMENSIONS, dim=1)] for q in prepared.queries]
     for number, pairs in enumerate(map(slice, borders, borders[1:])):
         some = unique[number * size : (number + 1) * size]
-        for c, q in enumerate(prepared.queries):
-            read, column = _read(prepared.train, c, some)
+        for c, q in enumerate(parts):
+            read, factor, column = _read(prepared.train, c, some)
             columns = column[place[pairs] - number * size]
-            products = _sampled(q, read.to(q.dtype), queries[pairs], columns)
+            cut = (decoded(x, factor).to(q[0].dtype) for x in read.split(DIMENSIONS, dim=1))
+            products = _sampled(q, cut, (len(q[0]), len(read)), queries[pairs], columns)
             total[pairs] += products.mul_(weights[c, pairs])
     return torch.empty(len(rows)).index_put_((order,), total.float())
 
 
-def _read(train: Table, checkpoint: int, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows, and where among them those of the ascending indices are.
+def _read(train: Table, checkpoint: int, indices: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Rows as they are stored, their factor, and where among them those of the ascending indices
+    are.
 
     Where they lie close, all in between are read as well: that is faster than to pick them.
     """
     first, last = int(indices[0]), int(indices[-1]) + 1
     if last - first < 2 * len(indices):
-        return train.rows(checkpoint, first, last), indices - first
-    return train.gather(checkpoint, indices.numpy()), torch.arange(len(indices))
+        return *train.coded_rows(checkpoint, first, last), indices - first
+    return train.gather(checkpoint, indices.numpy()), None, torch.arange(len(indices))
 
 
-def _sampled(left: Tensor, right: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """⟨left[r], right[c]⟩ of every pair, r ascending."""
-    borders = torch.searchsorted(rows, torch.arange(len(left) + 1))
+def _sampled(
+    left: Iterable[Tensor],
+    right: Iterable[Tensor],
+    shape: tuple[int, int],
+    rows: Tensor,
+    columns: Tensor,
+) -> Tensor:
+    """Σ ⟨left[r], right[c]⟩ of every pair, r ascending, over parts of the dimensions."""
+    borders = torch.searchsorted(rows, torch.arange(shape[0] + 1))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*[Ss]parse", category=UserWarning)
-        wanted = torch.sparse_csr_tensor(
-            borders, columns, torch.zeros(len(rows), dtype=left.dtype), (len(left), len(right))
-        )
-        return torch.sparse.sampled_addmm(wanted, left, right.T, beta=0.0).values()
+        total = None
+        for x, y in zip(left, right, strict=True):
+            if total is None:
+                zero = torch.zeros(len(rows), dtype=x.dtype)
+                total = torch.sparse_csr_tensor(borders, columns, zero, shape)
+            torch.sparse.sampled_addmm(total, x, y.contiguous().T, out=total)
+    assert total is not None
+    return total.values()
 
 
 def greatest(
