@@ -26,8 +26,19 @@ _NUMBERS = {  # mallopt's, of malloc.h
 @cache
 def keep_freed() -> None:
     """From here on in this process; not where its environment says something else, or no glibc."""
-    if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in KEPT):
+    libc = _glibc()
+    if libc is None or any(name in os.environ for name in KEPT):
         return
-    libc = ctypes.CDLL(None)
     for name, value in KEPT.items():
         libc.mallopt(_NUMBERS[name], int(value))
+
+
+def give_back() -> None:
+    """What is free now, to the system: after work that took more than what follows it will."""
+    libc = _glibc()
+    if libc is not None:
+        libc.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None

@@ -38,7 +38,7 @@ from tda.gradients.rules import InseparableError, matrix_shape
 from tda.gradients.sharded.session import session_of
 from tda.gradients.tap import Consume, ModifiedError, SwitchedOffError
 from tda.layout import is_sharded, is_spread
-from tda.malloc import keep_freed
+from tda.malloc import give_back, keep_freed
 from tda.measurements import Measurement
 
 __all__ = [
@@ -183,6 +183,7 @@ class Gradients:
         if self.audited is None:
             self._put_channels_last(batch)
             self.audited = self._audit(batch, num_examples)
+            give_back()  # whole gradients, which nobody holds again
             fell_back = self.audited.path != "tap"
             log.log(logging.WARNING if fell_back else logging.INFO, "%s", self.audited)
         return self.audited
