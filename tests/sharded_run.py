@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import tda
+from tda.errors import GradientError
 from tda.gradients import Gradients
 from tda.measurements import as_measurement
 
@@ -265,8 +266,8 @@ def divided(model: nn.Module) -> dict[str, Any]:
         seen[f"ranks of {count}"] = gradients.reduced(batch, count, ranks)[2][0].tolist()
     try:
         gradients.reduced((X, Y), 12, Ranks(never=1))
-    except ValueError as error:
-        seen["said"] = str(error)
+    except GradientError as error:
+        seen["said"] = error.found
     seen["outputs"] = gradients.reduced((X, Y), 12, ranks)[0]
     return seen
 

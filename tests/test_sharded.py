@@ -120,7 +120,7 @@ def test_processes_divide_a_batch_by_example(found: dict[str, Any]) -> None:
     assert divided["ranks of 5"] == [0, 0, 1, 1, 1]
     assert divided["ranks of 2"] == [0, 1]
     assert divided["ranks of 1"] == [0]
-    assert divided["said"] == "on rank 1"
+    assert divided["said"] == "ValueError: on rank 1"
     log_odds = torch.special.logit(torch.exp(-entropy(made(Adapted), (X, Y))))
     torch.testing.assert_close(divided["outputs"], log_odds, rtol=1e-4, atol=1e-5)
 

@@ -54,7 +54,7 @@ class Kronecker:
             first = self.inner.offsets[name]
             buffer[:, first : first + block.shape[1]] += block
         else:
-            self.inner.add_tile(buffer.runs, name, Tile(0, block))
+            self.inner.add_tile(buffer.runs, Tile(0, block), name)
         return square_norm(factors)
 
     def rows(self, buffer: Any) -> Tensor:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tda.gradients import Convolved, Elementwise, Factor, Outer
+from tda.gradients import Convolved, Dense, Elementwise, Factor, Outer
 from tda.projection.tiles import (
     Shapes,
     Tile,
@@ -24,7 +26,7 @@ from tda.projection.tiles import (
     total,
 )
 
-_SPAN_FLOATS = 2**17  # numbers transformed at a time: 512 KiB, in the cache with what comes of them
+_SPAN_FLOATS = 2**18  # numbers transformed at a time: 1 MiB
 
 
 def _each_tile(
@@ -95,18 +97,33 @@ class Rademacher:
         return buffer / self.dim**0.5
 
 
-class Sums(NamedTuple):
-    """What a count sketch adds into: ``runs [example, 2 dim]``, and outer products that wait.
+@dataclass(frozen=True)
+class Sums:
+    """What a count sketch adds into, and what waits to be added.
 
-    Twice as wide: a shifted run is added without wrapping, and wraps once, at the end. Outer
-    products are sketched all together, a few examples at a time: they stay in the cache then.
+    Large gradients are added as they come. Small ones – vectors, and outer products, which are
+    never formed – are sketched all together, a few examples at a time: they stay in the cache then.
     """
 
-    runs: Tensor
-    waiting: list[tuple[OuterSketch, Outer]]
+    num_examples: int
+    dim: int
+    device: str | torch.device = "cpu"
+    waiting: list[tuple[str, list[Factor]]] = field(default_factory=list)
 
     def to(self, device: str | torch.device) -> Sums:
-        return Sums(self.runs.to(device), self.waiting)
+        return replace(self, device=device)
+
+    @cached_property
+    def runs(self) -> Tensor:
+        """``[example, 2 dim]``: a shifted run is added without wrapping, and wraps at the end."""
+        return torch.zeros(self.num_examples, 2 * self.dim, device=self.device)
+
+    def some(self, span: slice) -> Tensor:
+        """``runs`` of some examples, to be written to once."""
+        if "runs" in vars(self):
+            return self.runs[span]
+        count = len(range(self.num_examples)[span])
+        return torch.zeros(count, 2 * self.dim, device=self.device)
 
 
 class CountSketch:
@@ -141,25 +158,27 @@ class CountSketch:
         self._placed: dict[tuple[str, torch.device], tuple[Tensor, Tensor]] = {}
 
     def zeros(self, num_examples: int) -> Sums:
-        return Sums(torch.zeros(num_examples, 2 * self.dim), [])
+        return Sums(num_examples, self.dim)
 
     def add(self, buffer: Sums, name: str, factors: list[Factor]) -> Tensor:
-        sketch = self.outer.get(name)
         if name in self.filters:
             factors = [_channels_last(factor, self.filters[name]) for factor in factors]
-        if sketch is None:
-            return _each_tile(
-                factors, buffer.runs, lambda runs, tile: self.add_tile(runs, name, tile)
-            )
-        outer = rank_one(factors)
-        if outer is not None:
-            buffer.waiting.append((sketch, outer))
+        if self._waits(factors):
+            buffer.waiting.append((name, factors))
             return square_norm(factors)
-        return _each_tile(factors, buffer.runs, sketch.add_tile)
+        return _each_tile(factors, buffer.runs, partial(self.add_tile, name=name))
 
-    def add_tile(self, buffer: Tensor, name: str, tile: Tile) -> None:
+    def _waits(self, factors: list[Factor]) -> bool:
+        (first, *more) = factors
+        small = isinstance(first, Dense) and first.grad[0].numel() <= self.dim
+        return not more and (small or rank_one(factors) is not None)
+
+    def add_tile(self, buffer: Tensor, tile: Tile, name: str) -> None:
+        if name in self.outer:
+            self.outer[name].add_tile(buffer, tile)
+            return
         if buffer.device.type != "cpu":
-            self.add_rolled(buffer, name, tile)
+            self.add_rolled(buffer, tile, name)
             return
         size = tile.values.shape[1]
         signs = self.signs[name][tile.start : tile.start + size].to(buffer)
@@ -172,7 +191,7 @@ class CountSketch:
             buffer.narrow(1, shift + inside, len(sign)).addcmul_(values, sign)
             inside = 0
 
-    def add_rolled(self, buffer: Tensor, name: str, tile: Tile) -> None:
+    def add_rolled(self, buffer: Tensor, tile: Tile, name: str) -> None:
         """The same for all runs in a few operations: on a GPU each run would be a launch."""
         signs, shifts = self._on(buffer.device, name)
         size = tile.values.shape[1]
@@ -193,18 +212,26 @@ class CountSketch:
         return self._placed[name, device]
 
     def rows(self, buffer: Sums) -> Tensor:
-        runs, waiting = buffer
-        rows = runs[:, : self.dim] + runs[:, self.dim :]
-        if waiting:
-            for span in self._spans(runs):
-                products = (sketch.spectrum(outer.examples(span)) for sketch, outer in waiting)
-                rows[span] += torch.fft.irfft(total(products), n=self.ring).flatten(1)
+        rows = torch.empty(buffer.num_examples, self.dim, device=buffer.device)
+        for span in self._spans(rows):
+            runs, spectra = buffer.some(span), []
+            for name, factors in buffer.waiting:
+                some: list[Factor] = [factor.examples(span) for factor in factors]
+                outer = rank_one(some) if name in self.outer else None
+                if outer is not None:
+                    spectra.append(self.outer[name].spectrum(outer))
+                    continue
+                for tile in tiles(some):
+                    self.add_tile(runs, tile, name)
+            torch.add(runs[:, : self.dim], runs[:, self.dim :], out=rows[span])
+            if spectra:
+                rows[span] += torch.fft.irfft(total(spectra), n=self.ring).flatten(1)
         return rows
 
-    def _spans(self, runs: Tensor) -> Iterator[slice]:
+    def _spans(self, rows: Tensor) -> Iterator[slice]:
         """A few examples at a time: their transforms stay in the cache."""
-        step = max(1, _SPAN_FLOATS // self.dim) if runs.device.type == "cpu" else len(runs)
-        return (slice(start, start + step) for start in range(0, len(runs), step))
+        step = max(1, _SPAN_FLOATS // self.dim) if rows.device.type == "cpu" else len(rows)
+        return (slice(start, start + step) for start in range(0, len(rows), step))
 
 
 def _channels_last(factor: Factor, kernel: int) -> Factor:
