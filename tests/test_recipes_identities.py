@@ -138,7 +138,7 @@ def test_the_mean_of_one_inverse_is_the_inverse(dim, tmp_path):
     store = make_store(tmp_path, num_train=1, dim=dim)
     one = variant("influence", curvature_rows="loss", blocks="layer", damping=0.1)
     found = matrix(store, RECIPES["datainf"])
-    assert naive.relative_error(found, matrix(store, one)) < 1e-5
+    assert naive.relative_error(found, matrix(store, one)) < 3e-5  # both are rounded to float32
 
 
 def test_the_inverse_of_a_mean_is_below_the_mean_of_inverses(tmp_path):
