@@ -11,7 +11,7 @@ from torch import Tensor
 import tda
 from tda.errors import ConfigError
 from tda.gradients import Dense, Factor, Lookup, Outer
-from tda.projection import Pilot, Projection, _ring
+from tda.projection import Pilot, Projection, _ring, kronecker
 from tda.projection import tiles as tiling
 from tda.projection.kronecker import _leading
 from tda.projection.sketches import CountSketch
@@ -151,19 +151,38 @@ def test_a_count_sketch_wider_than_the_model_is_the_gradient_itself():
     assert Projection("count_sketch", 24).resolve({"w": (5, 5)}, [], {}).kind == "count_sketch"
 
 
-@pytest.mark.parametrize("positions", [1, 5, 60])
-def test_a_pilots_moments_are_those_of_the_formed_gradients(positions):
-    """Σ G Gᵀ, Σ Gᵀ G and Σ‖G‖², by Gram matrices of positions or not."""
-    factor, whole, formed = outer(30, 20, positions), Pilot(), Pilot()
-    grad = factor.rows(0, 30).double()
-    whole.add("w", [factor])
-    formed.add("w", [Dense(grad.float())])
-    left = torch.einsum("boi,bpi->op", grad, grad)
-    right = torch.einsum("boi,boj->ij", grad, grad)
+def lookup(positions: int) -> Lookup:
+    """Of which some positions look up the same row."""
+    return Lookup(torch.randint(0, 8, (6, positions)), torch.randn(6, positions, 20), 30)
+
+
+FACTORS = {
+    "one position": lambda: [outer(30, 20)],
+    "few positions": lambda: [outer(30, 20, 5)],
+    "many positions": lambda: [outer(30, 20, 60)],
+    "a table": lambda: [lookup(7)],
+    "a table used twice": lambda: [outer(30, 20, 5), lookup(7)],
+}
+
+
+@pytest.mark.parametrize("name", FACTORS)
+@pytest.mark.parametrize("large", [1, 2**22])
+@pytest.mark.parametrize("widest", [4096, 25])
+def test_a_pilots_moments_are_those_of_the_formed_gradients(monkeypatch, name, large, widest):
+    """Σ G Gᵀ, Σ Gᵀ G and Σ‖G‖², by positions or not; a side that is too wide has none."""
+    monkeypatch.setattr(kronecker, "_LARGE", large)
+    monkeypatch.setattr(kronecker, "_MAX_EIGEN", widest)
+    factors, whole, formed = FACTORS[name](), Pilot(), Pilot()
+    grad = torch.stack([factor.rows(0, 30) for factor in factors]).sum(0).double()
+    for _ in range(2):
+        whole.add("w", factors)
+        formed.add("w", [Dense(grad.float())])
+    left = 2 * torch.einsum("boi,bpi->op", grad, grad)[: widest // 30 * 30, : widest // 30 * 30]
+    right = 2 * torch.einsum("boi,boj->ij", grad, grad)
     for pilot in (whole, formed):
         torch.testing.assert_close(pilot.left["w"], left, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(pilot.right["w"], right, rtol=1e-4, atol=1e-4)
-        assert pilot.energy["w"] == pytest.approx(float(left.trace()), rel=1e-4)
+        assert pilot.energy["w"] == pytest.approx(float(right.trace()), rel=1e-4)
 
 
 @pytest.mark.parametrize("decay", [0.5, 2.0], ids=["flat", "steep"])

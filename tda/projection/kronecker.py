@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tda.errors import StoreError
-from tda.gradients import Factor, Outer
+from tda.gradients import Factor, Lookup, Outer, materialise
 from tda.npz import read_npz
 from tda.products import fast_products
 from tda.projection.sketches import CountSketch, Identity
@@ -18,6 +19,7 @@ from tda.projection.tiles import Shapes, Tile, random_signs, square_norm, total
 
 _MAX_EIGEN = 4096  # a side wider than this gets a random basis
 _SUBSPACE_STEPS = 4
+_LARGE = 2**22  # numbers of a gradient of several factors: formed for one example at a time
 # parameter -> left [m, O], right [r, I]; of an eigenbasis, also the row and column of coordinates.
 Bases = dict[str, tuple[Tensor, ...]]
 _PARTS = ("left", "right", "row", "column")
@@ -74,14 +76,16 @@ class Pilot:
         num_rows, width = factors[0].shape
         left = self.left.setdefault(name, torch.zeros(_side(num_rows), _side(num_rows)).double())
         right = self.right.setdefault(name, torch.zeros(_side(width), _side(width)).double())
+        for some in _few(factors):
+            if len(left):
+                left += _left_moment(some).cpu()
+            if len(right):
+                right += _right_moment(some).cpu()
+        energy = self.energy.get(name, 0.0)
         if len(left) or len(right):
-            moments = _moments(factors)
-            left += moments[0].cpu() if len(left) else 0.0
-            right += moments[1].cpu() if len(right) else 0.0
-            energy = float(moments[0].trace())
+            self.energy[name] = float((left if len(left) else right).trace())
         else:
-            energy = float(square_norm(factors).double().sum())
-        self.energy[name] = self.energy.get(name, 0.0) + energy
+            self.energy[name] = energy + float(square_norm(factors).double().sum())
 
     def bases(self, shapes: Shapes, dim: int, rank: int | None, random: bool, seed: int) -> Bases:
         """Bases with ``rank``² numbers a parameter; or, without a rank, ``dim`` shared out.
@@ -112,22 +116,53 @@ class Pilot:
         )
 
 
-def _moments(factors: list[Factor]) -> tuple[Tensor, Tensor]:
-    """Σ G Gᵀ and Σ Gᵀ G over a batch: of a short outer product LᵀR by the Gram matrices of its
-    positions, Σ Lᵀ(R Rᵀ)L and Σ Rᵀ(L Lᵀ)R."""
-    num_rows, width = factors[0].shape
-    outer = factors[0]
-    if len(factors) == 1 and isinstance(outer, Outer) and outer.left.shape[2] == 1:
-        left, right = (side[:, :, 0] for side in outer.alike())
-        if left.shape[1] < min(num_rows, width):
-            weighted = torch.bmm(torch.bmm(right, right.mT), left)
-            other = torch.bmm(torch.bmm(left, left.mT), right)
-            return (
-                (left.flatten(0, 1).T @ weighted.flatten(0, 1)).float(),
-                (right.flatten(0, 1).T @ other.flatten(0, 1)).float(),
-            )
-    grad = total([factor.rows(0, num_rows) for factor in factors])
-    return torch.einsum("boi,bpi->op", grad, grad), torch.einsum("boi,boj->ij", grad, grad)
+def _left_moment(factors: list[Factor]) -> Tensor:
+    """Σ G Gᵀ over a batch: of a short outer product LᵀR by its positions, Σ Lᵀ(R Rᵀ)L."""
+    sides = _short(factors)
+    if sides is None:
+        grad = materialise(factors)
+        return torch.einsum("boi,bpi->op", grad, grad)
+    left, right = sides
+    return _weighted(left, torch.bmm(right, right.mT))
+
+
+def _right_moment(factors: list[Factor]) -> Tensor:
+    """Σ Gᵀ G over a batch: of a short outer product Σ Rᵀ(L Lᵀ)R, and of a lookup, too."""
+    (first, *more), sides = factors, _short(factors)
+    if isinstance(first, Lookup) and not more:
+        same = first.index[:, :, None] == first.index[:, None, :]
+        return _weighted(first.value.float(), same.float())
+    if sides is None:
+        grad = materialise(factors)
+        return torch.einsum("boi,boj->ij", grad, grad)
+    left, right = sides
+    return _weighted(right, torch.bmm(left, left.mT))
+
+
+def _weighted(vectors: Tensor, gram: Tensor) -> Tensor:
+    """Σ Vᵀ W V of vectors V ``[example, position, size]``, W ``[example, position, position]``."""
+    return (vectors.flatten(0, 1).T @ torch.bmm(gram, vectors).flatten(0, 1)).float()
+
+
+def _short(factors: list[Factor]) -> tuple[Tensor, Tensor] | None:
+    """The sides of an outer product of fewer positions than either has numbers."""
+    (first, *more) = factors
+    if more or not isinstance(first, Outer) or first.left.shape[2] > 1:
+        return None
+    if first.left.shape[1] >= min(first.shape):
+        return None
+    left, right = (side[:, :, 0] for side in first.alike())
+    return left, right
+
+
+def _few(factors: list[Factor]) -> Iterator[list[Factor]]:
+    """All examples at once, unless that forms large gradients of each."""
+    rows, width = factors[0].shape
+    if len(factors) > 1 and rows * width > _LARGE:
+        for number in range(factors[0].num_examples):
+            yield [factor.examples(slice(number, number + 1)) for factor in factors]
+    else:
+        yield factors
 
 
 def _side(size: int) -> int:
