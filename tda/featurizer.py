@@ -34,6 +34,7 @@ from tda.training.metric import Transform, Update, as_matrices, scaling
 from tda.training.optimizer import Moments
 
 _PILOT_EXAMPLES = 64
+_PILOT_BATCH = 16  # always: its moments are the same whatever else a run is given
 log = logging.getLogger(__name__)
 Compute = Callable[[Any, Rows], "Features"]  # (batch, rows)
 Write = Callable[[], None]
@@ -211,7 +212,8 @@ class Featurizer:
             elif kernel := _many_channels(factors):
                 filters[name] = kernel
 
-        _, hidden = self._sample(dataset, self.gradients.num_audited, consume)
+        count = self.gradients.num_audited
+        ((_, hidden),) = self._sample(dataset, count, count, consume)
         self._probe = Probe(None if hidden is None else hidden.shape[1], names, filters)
         return self._probe
 
@@ -223,7 +225,7 @@ class Featurizer:
         def consume(name: str, factors: list[Factor]) -> None:
             pilot.add(name, self._scaling(name, factors) if self._scaling else factors)
 
-        self._sample(dataset, _PILOT_EXAMPLES, consume)
+        self._sample(dataset, _PILOT_EXAMPLES, _PILOT_BATCH, consume)
         return pilot
 
     def fit(
@@ -242,16 +244,15 @@ class Featurizer:
             fitted = kfac.fit(self.task, dataset, -1, count, projection.seed, size, tick)
         return projection.select(fitted.blocks)
 
-    def _sample(self, dataset: Dataset, count: int, consume: Consume) -> tuple[Tensor, Any]:
-        """Gradients of examples spread evenly over the data."""
+    def _sample(self, dataset: Dataset, count: int, size: int, consume: Consume) -> list[Any]:
+        """Gradients of examples spread evenly over the data, ``size`` at a time."""
         self.at(len(self.task.checkpoints) - 1)
-        count = min(count, len(dataset))
-        return self.gradients(self._spread(dataset, count), count, consume)
+        places = _spread(len(dataset), count)
+        batches = [places[first : first + size] for first in range(0, len(places), size)]
+        return [self.gradients(self._batch(dataset, b), len(b), consume) for b in batches]
 
-    def _spread(self, dataset: Dataset, count: int) -> Batch:
-        """A batch of examples spread evenly over the data."""
-        picked = np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist()
-        return collate([read(dataset, i) for i in picked], self.task.collate)
+    def _batch(self, dataset: Dataset, places: list[int]) -> Batch:
+        return collate([read(dataset, i) for i in places], self.task.collate)
 
     def batch_size(self, given: BatchSize, dataset: Dataset) -> int:
         """``given``; for "auto" what suits the model and these data (`tda.batch_size`)."""
@@ -261,7 +262,9 @@ class Featurizer:
             if self._checkpoint is None:
                 self.at(len(self.task.checkpoints) - 1)
             size = automatic(
-                lambda count: self.gradients.forward(self._spread(dataset, count)),
+                lambda count: self.gradients.forward(
+                    self._batch(dataset, _spread(len(dataset), count))
+                ),
                 len(dataset),
                 self.gradients.device,
             )
@@ -318,6 +321,11 @@ class Featurizer:
         """Γ is not linear in the gradient of the loss: ℓ'(f) must be known before the backward."""
         slope = self._link(self.gradients.output(batch), batch).slope
         return Update(self._moments, slope.float().to(self.gradients.device))
+
+
+def _spread(size: int, count: int) -> list[int]:
+    """So many places, or all there are, spread evenly over ``size``."""
+    return np.linspace(0, size - 1, min(count, size)).round().astype(int).tolist()
 
 
 def _many_channels(factors: list[Factor]) -> int:
