@@ -16,6 +16,7 @@ those of large layers with one position, which are outer products, are never for
 
     tiles.py      gradients in tiles; seeded randomness
     sketches.py   identity, rademacher, count sketch
+    outer.py      the count sketch of an outer product
     kronecker.py  pilot, bases, per-parameter blocks
     eigenbasis.py the coordinates that matter most, of all parameters together
 
@@ -41,7 +42,8 @@ from tda.projection.kronecker import (
     bases_from_bytes,
     bases_to_bytes,
 )
-from tda.projection.sketches import CountSketch, Identity, Rademacher, rank_one
+from tda.projection.outer import rank_one
+from tda.projection.sketches import CountSketch, Identity, Rademacher
 from tda.projection.tiles import Shapes
 
 __all__ = [

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from tda.gradients import Factor, Lookup, Outer
-from tda.projection.sketches import rank_one
+from tda.projection.outer import rank_one
 from tda.projection.tiles import square_norm, total
 
 # One side of a parameter: basis vectors [m, O], the sorted numbers [m] of coordinate axes (wide

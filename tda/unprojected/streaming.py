@@ -30,7 +30,7 @@ from tda.gradients.factors import materialise
 from tda.layout import is_sharded
 from tda.measurements import Link
 from tda.progress import Tick, progress_bar
-from tda.projection.sketches import rank_one
+from tda.projection.outer import rank_one
 from tda.projection.tiles import tiles
 from tda.recipe import Recipe
 from tda.recipe.requirements import checkpoint_weights, layer_alphas

@@ -13,7 +13,7 @@ from tda.errors import GradientError
 from tda.gradients import Factor, Lookup, Outer
 from tda.projection.eigenbasis import Side, example_tiles, onto, rotated
 from tda.projection.kronecker import oriented
-from tda.projection.sketches import rank_one
+from tda.projection.outer import rank_one
 
 MAX_EIGEN = 4096  # a side wider than this keeps its coordinate axes
 _TILE_FLOATS = 2**22
