@@ -34,8 +34,9 @@ by the same retrainings. LDS: linear datamodeling score, mean over queries, 95 %
 queries and subsets. *Halves*: random halves, averaged over seeds; *removal*: a few per cent left
 out of the very run that is attributed. The ceiling is the LDS of retraining itself.
 
-Seconds are from checkpoints to scores (indexing + answering) on one core of a machine that did
-other work too: orders of magnitude, no benchmark. A recipe finds in the store's cache what a row
+Seconds are from checkpoints to scores (indexing + answering) on one core of machines that did
+other work too: orders of magnitude, no benchmark (fashion_cnn and rotten_tomatoes on an Intel Xeon
+with AMX, the others on a Zen 5). A recipe finds in the store's cache what a row
 before it decomposed. Peak memory is that of the process. A row "not done in 3 minutes" ran into
 the limit of that call (`--limit`), and is tried again by one with a longer limit.
 
@@ -45,11 +46,10 @@ layer). It was not tuned on these retrainings beyond that choice, made on digits
 fashion_mlp; the share ½ of `influence_shrunk`, and so of `auto` in an eigenbasis, was chosen among
 .4, .5, .6 and .8 with diamonds and fashion_cnn beside them. *query = margin*: the query's gradient
 is that of its margin and not of its loss, which weighs several checkpoints better; with one model
-it changes nothing. *earlier*: a row of a recipe that has changed since – there `influence_shrunk`
-had the share .4 and every coordinate in its core, and both it and EK-FAC the schedule's damping;
-EK-FAC also counted biases and norms. Without them (`parameters="matrices"`, chosen on digits_mlp,
-penbased, shakespeare and fashion_ddpm) it is level with kronfluence's joint block of a weight and
-its bias. What is left between the two on shakespeare is damping: it asks for less than others.
+it changes nothing. EK-FAC counts matrices alone (`parameters="matrices"`, chosen on digits_mlp,
+penbased, shakespeare and fashion_ddpm): so it is level with kronfluence's joint block of a weight
+and its bias. What is left between the two on shakespeare is damping: it asks for less than others.
+A row marked *earlier* is of a recipe that has changed since.
 
 *layers = learned*: with `run.learn_layer_weights`, whose two numbers were chosen on digits_mlp and
 rotten_tomatoes: the other tasks judge it. *metric = adam*: gradients in the metric of Adam's steps.
