@@ -130,7 +130,7 @@ def test_only_large_layers_with_one_position_are_sketched_as_outer_products(tmp_
     torch.testing.assert_close(queries, before, rtol=2**-7, atol=1e-6)  # train rows are bfloat16
 
 
-@pytest.mark.parametrize("ring", [24, 4])
+@pytest.mark.parametrize("ring", [24, 4, 2 * DIM])
 def test_rings_divide_the_row_and_hold_the_shorter_side(ring):
     projection = Projection("count_sketch", DIM, rank_one=["w"], ring=ring)
     with pytest.raises(ConfigError, match="another model") as caught:

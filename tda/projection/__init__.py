@@ -181,7 +181,7 @@ class Projection:
         """
         _check_fit(shapes, self.rank_one, self.filters)
         ring = self.ring or self.dim
-        for name in self.rank_one if ring < self.dim else ():
+        for name in self.rank_one if ring != self.dim else ():
             if self.dim % ring or min(shapes[name]) > ring:
                 raise _misfit(name, f"rings of {ring} of {self.dim} for {shapes[name]}")
         if self.kind == "identity":

@@ -81,11 +81,11 @@ class Pilot:
                 left += _left_moment(some).cpu()
             if len(right):
                 right += _right_moment(some).cpu()
-        energy = self.energy.get(name, 0.0)
         if len(left) or len(right):
             self.energy[name] = float((left if len(left) else right).trace())
         else:
-            self.energy[name] = energy + float(square_norm(factors).double().sum())
+            square = float(square_norm(factors).double().sum())
+            self.energy[name] = self.energy.get(name, 0.0) + square
 
     def bases(self, shapes: Shapes, dim: int, rank: int | None, random: bool, seed: int) -> Bases:
         """Bases with ``rank``² numbers a parameter; or, without a rank, ``dim`` shared out.

@@ -42,7 +42,7 @@ class Projection(_Claim):
     kind: str = "identity"
     seed: int = 0
     rank_one: list[str] = []
-    ring: Annotated[int, Field(ge=1)] | None = None
+    ring: Count | None = None
     filters: dict[str, Count] = {}
     bases_digest: str | None = None
 
