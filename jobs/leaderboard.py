@@ -85,7 +85,7 @@ def cells_of(about: dict[str, Any], peers: Iterable[str], more: bool) -> list[An
         by_peers.append(cells.Cell(kind="peer", method=method, **given))
     found = [*cells.of_one_model(wide=False), *(cells.of_adam() if about["adam"] else ())]
     found += cells.of_output(num_models) if about.get("no_labels") else ()
-    found += [*by_peers, *cells.of_several(num_models)]
+    found += [*by_peers, *cells.of_smoothed(num_models), *cells.of_several(num_models)]
     found += [*cells.of_one_model(wide=True), *cells.of_curve()]
     if more:
         replayed = min(20, about["num_queries"])
@@ -137,8 +137,9 @@ def _is_finished(file: Path, minutes: float) -> bool:
 def _announce(task: str, cell: Any) -> None:
     by = cell.peer or "tda"
     what = " ".join(str(p) for p in (cell.projection, cell.dim or None) if p)
+    many = " × ".join(str(p) for p in (cell.checkpoints, cell.number, cell.copies))
     console.print(f"{time.strftime('%H:%M:%S')} {task}: {by} {cell.method} "
-                  f"({cell.checkpoints} × {cell.number}) {what} {cell.damping}")  # fmt: skip
+                  f"({many}) {what} {cell.damping}")  # fmt: skip
 
 
 def _one(work: Any, cell: Any, path: Path, quick: bool, minutes: float) -> None:

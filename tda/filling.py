@@ -17,7 +17,6 @@ from tda.progress import Tick
 from tda.reading import behind
 from tda.store import Table
 from tda.store.manifest import CURVATURE
-from tda.task import digest_of
 
 if TYPE_CHECKING:
     from tda.run import Run
@@ -79,7 +78,7 @@ class Filling:
         task = self.run.task
         assert task is not None
         if checkpoint not in self._checked:
-            found = digest_of(task.checkpoints[checkpoint].load())
+            found = task.digest(checkpoint)
             wanted = self.run.store.manifest["checkpoints"][checkpoint]["digest"]
             if found != wanted:
                 raise _other(f"checkpoint {checkpoint}", found, wanted)

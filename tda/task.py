@@ -18,6 +18,7 @@ from tda.errors import TaskError
 from tda.gradients.sharded.session import session_of
 from tda.layout import bare, class_of, is_sharded, require_numbers, require_whole
 from tda.measurements import as_measurement
+from tda.training.noise import with_noise
 from tda.training.optimizer import OptimizerState, read_state
 
 Weights = Mapping[str, Tensor]
@@ -42,6 +43,7 @@ class Checkpoint:
     for that of all steps since the checkpoint before.
     momentum: β of SGD (0.0: none); weight_decay: the coefficient. With Σ_t η_t these give the
     automatic damping (`tda.training.schedule.implied_damping`).
+    noise, noise_seed: what `tda.smoothed` sets; 0.0 leaves the weights as they are.
 
     Raises TaskError for a number out of its range, or weights or an optimizer of another kind.
     """
@@ -54,6 +56,8 @@ class Checkpoint:
     learning_rate_sum: float | None = None
     momentum: float | None = None
     weight_decay: float | None = None
+    noise: float = 0.0
+    noise_seed: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.weights, Mapping | str | Path):
@@ -177,6 +181,19 @@ def _as_checkpoint(given: Any, index: int) -> Checkpoint:
     )
 
 
+def as_checkpoints(given: Any) -> list[Checkpoint]:
+    """One checkpoint or several, in any form that `Task` takes. Raises TaskError."""
+    if isinstance(given, str | Path | Mapping | Checkpoint):
+        given = [given]
+    if not isinstance(given, Iterable) or isinstance(given, nn.Module):
+        raise TaskError(
+            "these are no checkpoints",
+            found=type(given).__name__,
+            wanted="a list of state dicts, paths or tda.Checkpoint values, or one of these",
+        )
+    return [_as_checkpoint(one, index) for index, one in enumerate(given)]
+
+
 def require_task(task: Any, wanted: str) -> None:
     """Raises TaskError for what is no task; wanted: the call as it should be."""
     if not isinstance(task, Task):
@@ -236,15 +253,6 @@ class Task:
             require_whole(model)
         if checkpoints is None:
             checkpoints = session_of(model).gather() if sharded else model.state_dict()
-        given = checkpoints
-        if isinstance(given, str | Path | Mapping | Checkpoint):
-            given = [given]
-        if not isinstance(given, Iterable) or isinstance(given, nn.Module):
-            raise TaskError(
-                "these are no checkpoints",
-                found=type(given).__name__,
-                wanted="a list of state dicts, paths or tda.Checkpoint values, or one of these",
-            )
         if precision not in _PRECISIONS:
             raise TaskError(f"unknown precision {precision!r}", wanted=", ".join(_PRECISIONS))
         try:
@@ -255,7 +263,7 @@ class Task:
                 wanted='"cpu", "cuda", "cuda:1" or another of torch',
             ) from error
         self.model = model
-        self.checkpoints = tuple(_as_checkpoint(c, i) for i, c in enumerate(given))
+        self.checkpoints = tuple(as_checkpoints(checkpoints))
         self.measurement = as_measurement(measurement)
         self.collate = collate
         self.device = device
@@ -298,7 +306,16 @@ class Task:
 
     def weights(self, index: int) -> Weights:
         """Of a checkpoint, by the names of the model. Raises TaskError."""
-        return _without_wrapper(self.checkpoints[index].load(), self.model)
+        checkpoint = self.checkpoints[index]
+        weights = _without_wrapper(checkpoint.load(), self.model)
+        if not checkpoint.noise:
+            return weights
+        return with_noise(weights, self.model, checkpoint.noise, checkpoint.noise_seed)
+
+    def digest(self, index: int) -> str:
+        """Of the weights of a checkpoint, as they are used."""
+        checkpoint = self.checkpoints[index]
+        return digest_of(self.weights(index) if checkpoint.noise else checkpoint.load())
 
     def optimizer_state(self, index: int) -> OptimizerState | None:
         """What the optimizer of a checkpoint tells; None without one. Raises TaskError."""
@@ -341,10 +358,12 @@ class Task:
             for name in ("momentum", "weight_decay"):
                 known[name] = getattr(state, name) if known[name] is None else known[name]
             known |= {"optimizer": state.kind, "optimizer_digest": digest_of(state.contents)}
+        if checkpoint.noise:
+            known |= {"noise": checkpoint.noise, "noise_of": digest_of(checkpoint.load())}
         return {
             "name": checkpoint.name or f"checkpoint-{index}",
             "step": step,
             "learning_rate": learning_rate,
-            "digest": digest_of(checkpoint.load()),
+            "digest": self.digest(index),
             **{name: value for name, value in known.items() if value is not None},
         }

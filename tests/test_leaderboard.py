@@ -165,11 +165,12 @@ def test_the_summary_sets_our_best_against_the_best_peer():
 
 def test_our_best_is_held_against_the_best_peer_and_its_defaults():
     kin = {"kind": "peer", "peer": "kin"}
-    rows = [row("b", 0.4), row("c", 0.32, damping="0.1", **kin)]
+    rows = [row("b", 0.48, copies=6), row("b", 0.4), row("c", 0.32, damping="0.1", **kin)]
     rows += [row("c", 0.2, damping="0, its default", **kin)]
     last = tables.ratios({"t": {"ceilings": {"half": 0.9}, "rows": rows}}).splitlines()[-1]
-    assert last == "| t | half | 0.400 | 1.25 × 0.320 kin c | 2.00 × 0.200 kin c |"
-    assert tables.ratios({"t": {"ceilings": {"half": 0.9}, "rows": rows[:1]}}) == ""
+    shares = "1.50 × 0.320 kin c | 2.40 × 0.200 kin c"
+    assert last == f"| t | half | 0.480 | {shares} | 0.400 b | 1.25 |"
+    assert tables.ratios({"t": {"ceilings": {"half": 0.9}, "rows": rows[:2]}}) == ""
 
 
 def test_a_damping_that_was_set_by_hand_is_not_our_best():
@@ -228,6 +229,22 @@ def test_rows_of_another_truth_never_stand_beside_them():
     assert kept.joined(found("x", row("trak", 0.2)), here) == here
     assert kept.joined(found("x", row("trak", 0.2), row("influence", 0.1)), here) is None
     assert kept.joined(found("x", row("trak", 0.2), retrainings=9), here) is None
+
+
+def test_rows_of_two_machines_are_joined_where_what_both_have_is_alike():
+    """Retrainings differ in rounding, and so do their digests; a figure that is there stays."""
+    kept, methods = leaderboard.kept, ("trak", "influence", "grad_dot")
+    before = found("x", *(row(m, 0.2) for m in methods), row("grad_cos", 0.1))
+    new = row("tracin", 0.4)
+    near = found("y", *(row(m, 0.205) for m in methods), new)
+    joined = kept.joined(before, near)
+    assert joined["truth"] == before["truth"]
+    assert [one["lds"]["half"]["value"] for one in joined["rows"]] == [0.2] * 3 + [0.1, 0.4]
+    far = found("y", row("trak", 0.23), *(row(m, 0.2) for m in methods[1:]), new)
+    few = found("y", *(row(m, 0.2) for m in methods[:2]), new)
+    other = {**near, "truth": {**near["truth"], "retrainings": 7}}
+    for one in (far, few, other):
+        assert kept.joined(before, one) in (None, one)
 
 
 def test_what_is_kept_is_read_back(tmp_path):

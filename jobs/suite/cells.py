@@ -53,6 +53,12 @@ ON_PATH = (
     ("source", "count_sketch", "own"),
 )
 NUM_MODELS, PATH_LENGTH = (5, 10), 6
+SMOOTHED: tuple[tuple[str, str | None, int, Dtype, int], ...] = (
+    ("influence_ekfac", None, 0, "bfloat16", 6),  # method, projection, dim, dtype, copies
+    ("influence_shrunk", "eigenbasis", 1_024, "bfloat16", 6),  # 12 KB
+    ("influence_shrunk", "eigenbasis", 14_336, "int4", 4),  # 32 KB
+)
+COPIES_OF_EACH = 2
 INT4_DIMS = (1_024, 3_584, 14_336, 57_344)  # the last two: 8 and 32 KB
 FEW_DIMS, MANY_DIMS = (256, 512, 1_024, 2_048), (256, 1_024, 4_096, 8_192, 16_384)
 CURVES: tuple[
@@ -75,6 +81,7 @@ class Cell:
     method: str
     checkpoints: str = "last"
     number: int = 1
+    copies: int = 1  # of each, with noise on the weights: `tda.smoothed`
     projection: str | None = None
     dim: int = 0
     dtype: Dtype = "bfloat16"  # of a stored number
@@ -94,6 +101,7 @@ class Cell:
         parts = [self.peer or self.kind, self.method, self.checkpoints, str(self.number)]
         parts += [self.projection or "", str(self.dim or ""), self.metric, self.damping]
         parts += [part for part in (self.query, self.blocks, self.layers) if part != "own"]
+        parts += [f"smoothed_{self.copies}"] if self.copies > 1 else []
         parts += [self.measured] if self.measured != "loss" else []
         parts += [self.dtype] if self.dtype != "bfloat16" else []
         parts = [*parts, self.part] if self.part == "curve" else parts
@@ -145,6 +153,19 @@ def of_one_model(wide: bool) -> Iterator[Cell]:
         is_gram = cell.method == AUTO or RECIPES[cell.method].curvature == "gram"
         if ((is_gram and cell.dim == DIM) or cell.dim == LARGE_DIM) == wide:
             yield cell
+
+
+def of_smoothed(num_models: int) -> Iterator[Cell]:
+    """One model, and several, with copies of each around it."""
+    for method, kind, dim, dtype, copies in SMOOTHED:
+        yield Cell(
+            kind="recipe", method=method, copies=copies, projection=kind, dim=dim, dtype=dtype
+        )
+    for number in sorted({min(n, num_models) for n in NUM_MODELS} - {1}):
+        yield Cell(
+            kind="recipe", method="influence_ekfac", checkpoints="models", number=number,
+            copies=COPIES_OF_EACH,
+        )  # fmt: skip
 
 
 def of_several(num_models: int) -> Iterator[Cell]:
@@ -223,9 +244,10 @@ def _follows_a_path(recipe: Any) -> bool:
 def task_of(work: Any, cell: Cell, path: Path, quick: bool) -> Task:
     """The task with the cell's checkpoints."""
     whole = work.task(str(path), cell.checkpoints, quick)
+    chosen = whole.checkpoints[: cell.number]
     return Task(
         whole.model,
-        checkpoints=whole.checkpoints[: cell.number],
+        checkpoints=tda.smoothed(chosen, cell.copies) if cell.copies > 1 else chosen,
         measurement=work.output if cell.measured == "output" else whole.measurement,
         metric=cell.metric,
     )
@@ -273,7 +295,10 @@ def _index(work: Any, cell: Cell, path: Path, quick: bool, train: Any, queries: 
     run.add_queries(queries, "test")
     dim = run.store.manifest["projection"]["dim"]
     scale = 4 if cell.dtype == "int8" else 0
-    return None, {"bytes_per_example": (row_bytes(dim, cell.dtype) + scale) * cell.number}
+    return None, {
+        "bytes_per_example": (row_bytes(dim, cell.dtype) + scale)
+        * len(run.store.manifest["checkpoints"])
+    }
 
 
 def _table(work: Any, cell: Cell, path: Path, quick: bool, train: Any, queries: Any) -> Any:

@@ -27,6 +27,7 @@ Cell: Any = load_code("cells.py:Cell", Path(__file__).parent)
 _DEFAULTS = {field.name: field.default for field in fields(Cell)}
 _DIGITS = 5  # of a measured number
 _ONLY_HERE = ("judged_by",)
+_ENOUGH, _ALIKE = 3, 0.01  # rows that two machines must both have, and by how much LDS may differ
 
 
 def digest(truths: Mapping[str, GroundTruth]) -> str:
@@ -67,16 +68,33 @@ def write(file: Path, found: Found) -> None:
 
 
 def joined(kept: Found | None, found: Found) -> Found | None:
-    """What is to be kept of the file and of what was found here; None: the file as it is."""
+    """What is to be kept of the file and of what was found here; None: the file as it is.
+
+    Retrainings on another machine differ in rounding. Where all that both have came out alike, rows
+    that are new join the others.
+    """
     if kept is None:
         return found
-    if kept["truth"]["digest"] == found["truth"]["digest"]:
+    same = kept["truth"]["digest"] == found["truth"]["digest"]
+    if same or _agree(kept, found):
         rows = {name_of(row): row for row in kept["rows"]}
         for row in found["rows"]:
-            if "lds" in row or "lds" not in rows.get(name_of(row), {}):
+            there = "lds" in rows.get(name_of(row), {})
+            if not there or (same and "lds" in row):
                 rows[name_of(row)] = row
-        return {**found, "rows": list(rows.values())}
+        head = found if same else kept
+        return {**head, "rows": list(rows.values())}
     return found if _size(found) >= _size(kept) and _told(found) >= _told(kept) else None
+
+
+def _agree(kept: Found, found: Found) -> bool:
+    """Whether as many retrainings gave the rows that both have the same figures."""
+    both = {name_of(row): row["lds"] for row in kept["rows"] if row.get("lds")}
+    pairs = [(both[n], row["lds"]) for row in found["rows"] if (n := name_of(row)) in both]
+    pairs = [pair for pair in pairs if pair[1]]
+    differences = [abs(a[p]["value"] - b[p]["value"]) for a, b in pairs for p in a.keys() & b]
+    alike = len(pairs) >= _ENOUGH and max(differences) <= _ALIKE
+    return alike and _size(kept) == _size(found)
 
 
 def name_of(row: Mapping[str, Any]) -> str:

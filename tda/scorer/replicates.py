@@ -20,7 +20,11 @@ def num_parts(manifest: Any, recipe: Recipe) -> int:
 
 
 def trainings(checkpoints: list[dict[str, Any]], recipe: Recipe) -> tuple[list[list[int]], bool]:
-    """(checkpoints of every replicate, whether replicates are separate trainings)."""
+    """(checkpoints of every replicate, whether replicates are separate trainings).
+
+    A step that does not grow begins another training; but copies of a checkpoint, with noise on its
+    weights, are of the same.
+    """
     steps = [checkpoint.get("step") for checkpoint in checkpoints]
     groups = [[0]]
     for index, (before, after) in enumerate(pairwise(steps), start=1):
@@ -28,8 +32,17 @@ def trainings(checkpoints: list[dict[str, Any]], recipe: Recipe) -> tuple[list[l
             groups.append([index])
         else:
             groups[-1].append(index)
+    groups = _without_copies(checkpoints, groups)
     if len(groups) > 1:
         return groups, True
     if recipe.checkpoint_weight != "mean" or recipe.function == "unrolled":
         return groups, False
     return [[index] for index in groups[0]], False
+
+
+def _without_copies(checkpoints: list[dict[str, Any]], groups: list[list[int]]) -> list[list[int]]:
+    """The groups, with those that begin with copies of one checkpoint put together."""
+    merged: dict[Any, list[int]] = {}
+    for position, group in enumerate(groups):
+        merged.setdefault(checkpoints[group[0]].get("noise_of", position), []).extend(group)
+    return list(merged.values())
