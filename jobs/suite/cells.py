@@ -56,7 +56,7 @@ NUM_MODELS, PATH_LENGTH = (5, 10), 6
 SMOOTHED: tuple[tuple[str, str | None, int, Dtype, int], ...] = (
     ("influence_ekfac", None, 0, "bfloat16", 6),  # method, projection, dim, dtype, copies
     ("influence_shrunk", "eigenbasis", 1_024, "bfloat16", 6),  # 12 KB
-    ("influence_shrunk", "eigenbasis", 14_336, "int4", 4),  # 32 KB
+    ("influence_shrunk", "eigenbasis", 4_096, "bfloat16", 4),  # 32 KB
 )
 COPIES_OF_EACH = 2
 INT4_DIMS = (1_024, 3_584, 14_336, 57_344)  # the last two: 8 and 32 KB
