@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -156,7 +156,7 @@ class Featurizer:
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        self._projecting: Projecting | None = None
+        self._projecting: list[Projecting] = []  # of every checkpoint
         self._checkpoint: int | None = None
         self._scaling: Transform | None = None  # of every gradient, in the task's metric
         self._moments: dict[str, Moments] = {}  # what `Update` needs of the loaded checkpoint
@@ -229,10 +229,17 @@ class Featurizer:
         return pilot
 
     def fit(
-        self, projection: Projection, dataset: Dataset, batch_size: BatchSize, progress: bool
+        self,
+        projection: Projection,
+        dataset: Dataset,
+        batch_size: BatchSize,
+        progress: bool,
+        checkpoint: int = -1,
+        first: Bases | None = None,
     ) -> Bases:
-        """The bases a projection takes from some of the data, at the last checkpoint.
+        """The bases a projection takes from some of the data, at a checkpoint or the last one.
 
+        first: those of another training, after which an eigenbasis lays out its rows.
         Here, also where a cluster is open: of ``num_fit`` examples (4,096) whatever the number of
         all, and its sums are as large as the model's layers squared, too much to send about.
         """
@@ -241,8 +248,8 @@ class Featurizer:
         count = min(projection.num_fit, len(dataset))
         size = self.batch_size(batch_size, dataset)
         with progress_bar("fitting the eigenbasis", 2 * count, progress) as tick:
-            fitted = kfac.fit(self.task, dataset, -1, count, projection.seed, size, tick)
-        return projection.select(fitted.blocks)
+            fitted = kfac.fit(self.task, dataset, checkpoint, count, projection.seed, size, tick)
+        return projection.select(fitted.blocks, first)
 
     def _sample(self, dataset: Dataset, count: int, size: int, consume: Consume) -> list[Any]:
         """Gradients of examples spread evenly over the data, ``size`` at a time."""
@@ -271,15 +278,20 @@ class Featurizer:
             self._sized = dataset, size
         return self._sized[1]
 
-    def bind(self, projection: Projection, bases: Bases | None = None) -> Projector:
-        """Take a projection (with its bases, if it has any)."""
-        self._projecting = Projecting(projection, shapes_of(self.task.model), bases)
-        return self._projecting.projector
+    def bind(self, projection: Projection, bases: Iterable[Bases] | None = None) -> Projector:
+        """Take a projection (with the bases of every checkpoint, if it has any)."""
+        count, shapes = len(self.task.checkpoints), shapes_of(self.task.model)
+        given = [None] * count if bases is None else list(bases)
+        of: dict[int, Projecting] = {}  # one for all that have the same bases
+        for some in given:
+            of.setdefault(id(some), Projecting(projection, shapes, some))
+        self._projecting = [of[id(some)] for some in given]
+        return self._projecting[-1].projector
 
     @property
     def projector(self) -> Projector | None:
         """The projection that was bound, if one was."""
-        return self._projecting.projector if self._projecting else None
+        return self._projecting[-1].projector if self._projecting else None
 
     def __call__(self, batch: Any, num_examples: int, train: bool = False) -> Features:
         """Features of one batch at the loaded checkpoint.
@@ -287,8 +299,9 @@ class Featurizer:
         In the metric "adam_update" examples of ``train`` have the row −Γ and, so that −∇ℓ of other
         rows and Γ's negative are formed alike, slope −1 (and curvature 1).
         """
-        project = self._projecting
-        assert project is not None, "bind a projection first"
+        assert self._projecting, "bind a projection first"
+        assert self._checkpoint is not None, "load a checkpoint first"
+        project = self._projecting[self._checkpoint]
         transform = self._update(batch) if train and self._moments else self._scaling
         if transform is None:
             output, hidden, (rows, square) = self.gradients.reduced(batch, num_examples, project)

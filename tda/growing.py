@@ -28,7 +28,7 @@ from tda.store.arrays import COLUMNS
 from tda.store.deleted import KEY
 from tda.store.files import Place, as_place, beside, read_file, write_file
 from tda.store.lock import sole_writer
-from tda.store.manifest import BASES, CURVATURE, QUERIES, TRAIN, has_table
+from tda.store.manifest import CURVATURE, QUERIES, TRAIN, bases_files, has_table
 
 
 @dataclass(frozen=True)
@@ -111,9 +111,10 @@ def compact(path: str | Place, target: str | Place, *, progress: bool = False) -
     tables = [TRAIN, *([CURVATURE] if has_table(old.path, CURVATURE) else [])]
     tables += [f"{QUERIES}/{name}" for name in old.queries()]
     with sole_writer(place):
-        bases = read_file(old.path / BASES)
-        if bases is not None:
-            write_file(place / BASES, bases)
+        for file in bases_files(old.manifest):
+            bases = read_file(old.path / file)
+            if bases is not None:
+                write_file(place / file, bases)
         new = Store.create(place, manifest)
         seen = [old.table(name) for name in tables]
         total = sum(table.num_rows * table.num_checkpoints for table in seen)

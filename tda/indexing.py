@@ -8,6 +8,7 @@ from importlib.metadata import version
 from typing import Any
 
 from tda import __version__
+from tda.bases import fit_bases
 from tda.batch_size import BatchSize, check_batch_size
 from tda.cluster import Cluster, working
 from tda.curvature.table import check_measurement
@@ -17,13 +18,12 @@ from tda.featurizer import Featurizer, filler
 from tda.filling import Filling
 from tda.gradients import shapes_of
 from tda.progress import progress_bar
-from tda.projection import KINDS, Projection, bases_to_bytes
-from tda.run import Run, bases_digest, read_bases
+from tda.projection import KINDS, Projection
+from tda.run import Run
 from tda.store import Store
 from tda.store.encoding import Dtype
-from tda.store.files import Place, as_place, stat_file, write_file
+from tda.store.files import Place, as_place, stat_file
 from tda.store.lock import sole_writer
-from tda.store.manifest import BASES
 from tda.task import Task, require_task
 from tda.training.metric import check_projection
 
@@ -31,6 +31,7 @@ _CHUNK_BYTES = 8 * 2**20  # of rows: larger buffers page-fault on every read
 _MAX_CHUNK_ROWS = 4096
 # Of a number in a product; of int4, which are unpacked, more than on the disk.
 _ITEM_BYTES = {"bfloat16": 2, "float32": 4, "int8": 1, "int4": 2}
+_OF_CHECKPOINTS = ("checkpoints", "bases")  # lists in a manifest
 _VERSIONS = ("torch", "numpy", "zarr")
 
 
@@ -112,23 +113,21 @@ def _open_or_create(
     else:
         projection = projection.as_stored(shapes, stored["projection"])
     bases = None
-    if projection.needs_pilot and stored is None:
-        bases = featurizer.fit(projection, data, batch_size, progress)
-        write_file(path / BASES, bases_to_bytes(bases))
-    elif stored is not None and projection.needs_pilot:
-        bases = read_bases(path, stored, task)
+    if projection.needs_pilot:
+        bases = fit_bases(path, stored, featurizer, projection, data, batch_size, progress)
     projector = featurizer.bind(projection, bases)
     spec = {**projection.spec(), "dim": projector.dim}
     if bases is not None:
-        spec["bases_digest"] = bases_digest(bases_to_bytes(bases))
+        spec["bases_digest"] = bases.first
     layers = [{"name": n, "offset": o, "size": s} for n, o, s in projector.layers]
     if chunk_rows is None:
         chunk_rows = stored["chunk_rows"] if stored else _chunk_rows(projector.dim, dtype)
-    manifest = {
+    manifest: dict[str, Any] = {
         "format": 1,
         **task.manifest(),
         "projection": spec,
         **({"layers": layers} if layers else {}),
+        **(bases.by_checkpoint if bases is not None else {}),
         "dtype": dtype,
         "chunk_rows": chunk_rows,
         "versions": {
@@ -138,10 +137,10 @@ def _open_or_create(
         },
     }
     known = len(stored["checkpoints"]) if stored else len(manifest["checkpoints"])
-    added = manifest["checkpoints"][known:]
-    store = Store.create(path, {**manifest, "checkpoints": manifest["checkpoints"][:known]})
-    for checkpoint in added:
-        store.add_checkpoint(checkpoint)
+    of_known = {name: manifest[name][:known] for name in _OF_CHECKPOINTS if name in manifest}
+    store = Store.create(path, {**manifest, **of_known})
+    for place, checkpoint in enumerate(manifest["checkpoints"][known:], start=known):
+        store.add_checkpoint(checkpoint, bases.digests[place] if bases is not None else None)
     run = Run(store, task)
     run._featurizer = featurizer
     return run

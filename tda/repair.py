@@ -9,18 +9,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tda.bases import digest_of
 from tda.batch_size import BatchSize
 from tda.data import as_dataset, describe
 from tda.errors import StoreError
 from tda.featurizer import Featurizer, filler
 from tda.filling import Filling
-from tda.projection import Projection, bases_to_bytes
-from tda.run import bases_digest
+from tda.gradients import shapes_of
+from tda.projection import Projection, bases_from_bytes, bases_to_bytes
 from tda.store import Fault, Table
-from tda.store.files import remove_file, write_file
+from tda.store.files import read_file, remove_file, write_file
 from tda.store.local import TMP
 from tda.store.lock import sole_writer
-from tda.store.manifest import BASES, CURVATURE, QUERIES, TRAIN
+from tda.store.manifest import BASES, CURVATURE, QUERIES, TRAIN, bases_by_checkpoint, bases_files
 from tda.store.marks import chunk_mark
 from tda.upkeep import verify
 
@@ -66,9 +67,10 @@ def repair(
             if path.endswith(TMP):
                 remove_file(run.path / path)
                 written.append(path)
-        if BASES in damaged:
-            _bases(run, dataset, batch_size)
-            written.append(BASES)
+        for file, digest in bases_files(run.store.manifest).items():
+            if file in damaged:
+                _bases(run, file, digest, dataset, batch_size)
+                written.append(file)
     if _named(damaged, TRAIN):
         _table(run, TRAIN, dataset, batch_size, progress, computed)
     if _named(damaged, CURVATURE):
@@ -82,7 +84,7 @@ def repair(
     after = verify(run.path, withdraw=False)
     left = {fault.path for fault in after}
     done = {f"{name}/{key}" for name, c, i in computed for key in _files(run, name, c, i)}
-    written += sorted(p for p in damaged - left - done if not p.endswith(TMP) and p != BASES)
+    written += sorted(damaged - left - done - {*written})
     return Repair(before, computed, written, after)
 
 
@@ -117,18 +119,23 @@ def _table(
         computed += [(name, *place) for place in work.finish(f"repairing {name}", progress)]
 
 
-def _bases(run: Run, dataset: Any, batch_size: BatchSize) -> None:
+def _bases(run: Run, file: str, digest: str, dataset: Any, batch_size: BatchSize) -> None:
     """Fitted again, and kept if they are the same. Raises StoreError if they are not."""
-    projection = Projection.stored(run.store.manifest["projection"])
-    assert run.task is not None
-    bases = Featurizer(run.task).fit(projection, as_dataset(dataset), batch_size, False)
-    data = bases_to_bytes(bases)
-    if bases_digest(data) != run.store.manifest["projection"]["bases_digest"]:
+    manifest, task = run.store.manifest, run.task
+    assert task is not None
+    projection, digests = Projection.stored(manifest["projection"]), bases_by_checkpoint(manifest)
+    layout = None
+    if file != BASES:  # of another training than the first, which has been mended by now
+        layout = bases_from_bytes(read_file(run.path / BASES) or b"", shapes_of(task.model))
+    last = max(place for place, one in enumerate(digests) if one == digest)
+    data, sized = as_dataset(dataset), (batch_size, False)
+    found = bases_to_bytes(Featurizer(task).fit(projection, data, *sized, last, layout))
+    if digest_of(found) != digest:
         raise StoreError(
             "the bases of the projection cannot be fitted again",
-            where=run.path / BASES,
+            where=run.path / file,
             found="others than the run was made with: of data or checkpoints that have been added "
             "since, or computed by other software",
             do="restore the file from a copy, or index again into a new folder",
         )
-    write_file(run.path / BASES, data)
+    write_file(run.path / file, found)

@@ -6,28 +6,26 @@ run.top_k(queries)    run.scores(queries)    run.self_influence()
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tda.bases import read_bases
 from tda.batch_size import BatchSize
 from tda.curvature.table import curvature_filler, plan_curvature
 from tda.data import Dataset, Examples, as_dataset, describe
-from tda.errors import MismatchError, StoreError, TaskError
+from tda.errors import StoreError, TaskError
 from tda.featurizer import Featurizer, filler
 from tda.filling import Filling
-from tda.gradients import shapes_of
 from tda.layout import is_sharded
 from tda.progress import progress_bar
-from tda.projection import Bases, Projection, bases_from_bytes
+from tda.projection import Projection
 from tda.recipe import Recipe
 from tda.recipes.auto import recipe_for
 from tda.store import Store, Table
-from tda.store.files import Place, read_file
+from tda.store.files import Place
 from tda.store.lock import sole_writer
-from tda.store.manifest import BASES
 from tda.task import Task, require_task
 
 if TYPE_CHECKING:
@@ -46,36 +44,9 @@ def open(path: str | Place, task: Task | None = None) -> Run:
     store = Store.open(path)
     if task is not None:
         require_task(task, "tda.open(path, tda.Task(model, checkpoints=[…]))")
-        others = {name: part for name, part in store.manifest.items() if name != "metric"}
+        others = {n: part for n, part in store.manifest.items() if n not in ("metric", "bases")}
         Store.create(path, {**others, **task.manifest()})
     return Run(store, task)
-
-
-def bases_digest(data: bytes) -> str:
-    """As the manifest has it."""
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
-def read_bases(path: Place, manifest: dict[str, Any], task: Task) -> Bases:
-    """The bases of a run's projection. Raises MismatchError if it has none, StoreError."""
-    file = path / BASES
-    data = read_file(file) or b""
-    wanted = manifest["projection"].get("bases_digest")
-    if wanted is None:
-        raise MismatchError(
-            "this run was made with another projection",
-            where=path,
-            found="a projection with bases",
-            wanted=f"projection.kind = {manifest['projection']['kind']!r}, as the run has it",
-            do="use the projection this run was made with, or index into a new folder",
-        )
-    if bases_digest(data) != wanted:
-        raise StoreError(
-            "the bases of the projection are missing or were altered",
-            where=file,
-            do="restore the file from a copy, or index again into a new folder",
-        )
-    return bases_from_bytes(data, shapes_of(task.model))
 
 
 class Run:
@@ -286,7 +257,7 @@ class Run:
             projection = Projection.stored(self.store.manifest["projection"])
             bases = None
             if projection.needs_pilot:
-                bases = read_bases(self.path, self.store.manifest, self.task)
+                bases = list(read_bases(self.path, self.store.manifest, self.task))
             self._featurizer = Featurizer(self.task)
             self._featurizer.bind(projection, bases)
         return self._featurizer

@@ -117,9 +117,13 @@ class Projection:
         """Whether gradients of a few examples must be seen before it is defined."""
         return self.kind in ("two_stage", "kronecker", "eigenbasis")
 
-    def select(self, curvature: Mapping[str, Eigen]) -> Bases:
-        """The bases of an eigenbasis: the ``dim`` coordinates of the largest curvature."""
-        return largest(curvature, self.dim)
+    def select(self, curvature: Mapping[str, Eigen], first: Bases | None = None) -> Bases:
+        """The bases of an eigenbasis: the ``dim`` coordinates of the largest curvature; or of each
+        parameter as many as ``first`` has."""
+        if first is None:
+            return largest(curvature, self.dim)
+        counts = {name: len(row) for name, (_, _, row, _) in first.items()}
+        return largest(curvature, self.dim, counts)
 
     def fit(self, pilot: Pilot, shapes: Shapes) -> Bases:
         """The bases this projection takes from a pilot's second moments."""

@@ -29,6 +29,8 @@ class Checkpoint(_Claim):
     weight_decay: Real | None = None
     optimizer: str | None = None
     optimizer_digest: str | None = None
+    noise: Real | None = None
+    noise_of: str | None = None
 
 
 class Measurement(_Claim):
@@ -68,6 +70,7 @@ class Manifest(_Claim):
     metric: Literal["euclidean", "adam", "second_moment", "adam_update"] = "euclidean"
     projection: Projection
     layers: list[Layer] = []
+    bases: list[str] = []
     dtype: Dtype
     chunk_rows: Count
     data: dict[Literal["train", "curvature"], Data] = {}
@@ -81,6 +84,8 @@ def manifest_fault(manifest: Mapping[str, Any]) -> str | None:
     except ValidationError as error:
         first = error.errors()[0]
         return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"[:200]
+    if found.bases and len(found.bases) != len(found.checkpoints):
+        return f"bases: {len(found.bases)} for {len(found.checkpoints)} checkpoints"
     dim = found.projection.dim
     for i, layer in enumerate(found.layers):
         if layer.offset + layer.size > dim:

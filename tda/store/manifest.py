@@ -32,9 +32,10 @@ TRAIN = "train"
 QUERIES = "queries"
 CURVATURE = "curvature"
 
+# "bases", where checkpoints have several: of each, the digest of those its rows are in.
 _ROWS_DEPEND_ON = ("format", "model", "measurement", "metric", "projection", "layers")
 _ABSENT_MEANS = {"metric": "euclidean"}
-_MAY_DIFFER = ("data", "versions")  # data: checked by plan(), example by example
+_MAY_DIFFER = ("data", "versions", "bases")  # data: checked by plan(), example by example
 _QUERY_SET = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}")
 _NEW_FOLDER = "or index into a new folder"
 _CURES = {
@@ -171,9 +172,43 @@ def rows_depend_on(manifest: Mapping[str, Any], checkpoint: int) -> dict[str, An
     """The part of a manifest that determines the rows of one checkpoint."""
     parts = {name: manifest[name] for name in _ROWS_DEPEND_ON if name in manifest}
     record = manifest["checkpoints"][checkpoint]
+    if "bases" in manifest and (basis := manifest["bases"][checkpoint]) != _first(manifest):
+        parts["basis"] = basis
     if "metric" in manifest:
         parts["optimizer"] = record["optimizer_digest"]
     return {**parts, "checkpoint": record["digest"]}
+
+
+def _first(manifest: Mapping[str, Any]) -> str | None:
+    digest: str | None = manifest["projection"].get("bases_digest")
+    return digest
+
+
+def bases_by_checkpoint(manifest: Mapping[str, Any]) -> list[str]:
+    """The digest of the bases of every checkpoint; empty where the projection has none."""
+    first = _first(manifest)
+    same = [] if first is None else [first] * len(manifest["checkpoints"])
+    return list(manifest.get("bases", same))
+
+
+def grown_bases(manifest: Mapping[str, Any], added: str | None) -> dict[str, list[str]]:
+    """The manifest's part for one more checkpoint with these bases, where not all have the same."""
+    if added is None or ("bases" not in manifest and added == _first(manifest)):
+        return {}
+    return {"bases": [*bases_by_checkpoint(manifest), added]}
+
+
+def bases_file(manifest: Mapping[str, Any] | None, digest: str) -> str:
+    """Where the bases of that digest lie; without a manifest they are the first of a run."""
+    if manifest is None or digest == _first(manifest):
+        return BASES
+    return BASES.replace(".", f"-{digest[:16]}.")
+
+
+def bases_files(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """File → digest, the first bases first."""
+    digests = [d for d in (_first(manifest), *bases_by_checkpoint(manifest)) if d is not None]
+    return {bases_file(manifest, digest): digest for digest in dict.fromkeys(digests)}
 
 
 def entries_of(parts: Mapping[str, Any]) -> dict[str, bytes]:

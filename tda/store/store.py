@@ -19,6 +19,7 @@ from tda.store.manifest import (
     TRAIN,
     check_manifest,
     check_table_name,
+    grown_bases,
     has_table,
     read_manifest,
     redo,
@@ -178,14 +179,21 @@ class Store:
             write_manifest(self.path, self.manifest)
         return abs(len(after) - len(before))
 
-    def add_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+    def add_checkpoint(self, checkpoint: Mapping[str, Any], bases: str | None = None) -> None:
         """One more checkpoint, last; its chunks are missing in every table, the others stay.
 
-        ``checkpoint`` has name, digest, and step and learning_rate if known. One that is there
-        already is left alone. Raises MismatchError if its name is taken by another one.
+        ``checkpoint`` has name, digest, and step and learning_rate if known. bases: the digest of
+        those of its rows. One that is there already is left alone. Raises MismatchError if its name
+        is taken by another one.
         """
         known = self.manifest["checkpoints"]
-        grown = check_manifest({**self.manifest, "checkpoints": [*known, dict(checkpoint)]})
+        grown = check_manifest(
+            {
+                **self.manifest,
+                "checkpoints": [*known, dict(checkpoint)],
+                **grown_bases(self.manifest, bases),
+            }
+        )
         new = grown["checkpoints"][-1]
         same_name = next((old for old in known if old["name"] == new["name"]), None)
         if same_name is None:

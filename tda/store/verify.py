@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from tda.errors import StoreError
 from tda.store.files import TMP, Place, is_writable, list_files, map_file, read_file, stat_file
-from tda.store.manifest import BASES, NAME, cure, read_manifest, redo, table_names
+from tda.store.manifest import NAME, bases_files, cure, read_manifest, redo, table_names
 from tda.store.marks import (
     FOLDER,
     STATIC,
@@ -51,16 +51,14 @@ def find_faults(run: Place, manifest: Mapping[str, Any], withdraw: bool) -> list
 
 
 def _bases_faults(run: Place, manifest: Mapping[str, Any]) -> Iterator[Fault]:
-    """A projection fitted to the data has a file; its digest is part of the manifest."""
-    digest = manifest["projection"].get("bases_digest")
-    if digest is None:
-        return
+    """A projection fitted to the data has files; their digests are part of the manifest."""
     do = "restore the file from a copy, or index again into a new folder"
-    data = read_file(run / BASES)
-    if data is None:
-        yield Fault(BASES, "missing", _WHAT["missing"], do)
-    elif blake2b(data, digest_size=16).hexdigest() != digest:
-        yield Fault(BASES, "altered", _WHAT["altered"], do)
+    for name, digest in bases_files(manifest).items():
+        data = read_file(run / name)
+        if data is None:
+            yield Fault(name, "missing", _WHAT["missing"], do)
+        elif blake2b(data, digest_size=16).hexdigest() != digest:
+            yield Fault(name, "altered", _WHAT["altered"], do)
 
 
 def _manifest_faults(run: Place) -> Iterator[Fault]:

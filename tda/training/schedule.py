@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 Record = Mapping[str, Any]
@@ -23,6 +24,25 @@ def learning_rate_sums(checkpoints: Sequence[Record]) -> list[float] | None:
     sums = _sums(checkpoints)
     known = [total for total in sums if total is not None]
     return known if len(known) == len(sums) else None
+
+
+def by_training(checkpoints: Sequence[Record]) -> list[list[int]]:
+    """The checkpoints of each training, by their places.
+
+    A step that does not grow begins another training; but copies of a checkpoint, with noise on its
+    weights, are of the same.
+    """
+    steps = [checkpoint.get("step") for checkpoint in checkpoints]
+    groups = [[0]]
+    for index, (before, after) in enumerate(pairwise(steps), start=1):
+        if before is not None and after is not None and after <= before:
+            groups.append([index])
+        else:
+            groups[-1].append(index)
+    merged: dict[Any, list[int]] = {}
+    for position, group in enumerate(groups):
+        merged.setdefault(checkpoints[group[0]].get("noise_of", position), []).extend(group)
+    return list(merged.values())
 
 
 def implied_damping(checkpoints: Sequence[Record], index: int) -> float | None:
