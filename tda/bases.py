@@ -13,22 +13,20 @@ keeps as many coordinates as in the first, so that all rows have one layout.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tda.errors import MismatchError, StoreError
 from tda.gradients import shapes_of
-from tda.projection import Bases, Projection, bases_from_bytes, bases_to_bytes
+from tda.projection import Bases, bases_from_bytes, bases_to_bytes
 from tda.store.files import Place, read_file, write_file
 from tda.store.manifest import bases_by_checkpoint, bases_file
-from tda.training.schedule import by_training
 
 if TYPE_CHECKING:
-    from tda.batch_size import BatchSize
-    from tda.data import Dataset
-    from tda.featurizer import Featurizer
     from tda.task import Task
+
+Fit = Callable[[int, Bases | None], Bases]  # checkpoint, bases whose layout is kept -> its bases
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ def read_bases(path: Place, manifest: Mapping[str, Any], task: Task) -> Fitted:
     digests = bases_by_checkpoint(manifest)
     shapes, known = shapes_of(task.model), {}
     for digest in dict.fromkeys([first, *digests]):
-        file = path / bases_file(manifest, digest)
+        file = path / bases_file(first, digest)
         data = read_file(file) or b""
         if digest_of(data) != digest:
             raise StoreError(
@@ -81,41 +79,23 @@ def read_bases(path: Place, manifest: Mapping[str, Any], task: Task) -> Fitted:
 
 
 def fit_bases(
-    path: Place,
-    stored: Mapping[str, Any] | None,
-    featurizer: Featurizer,
-    projection: Projection,
-    dataset: Dataset,
-    batch_size: BatchSize,
-    progress: bool,
+    path: Place, known: Fitted | None, trainings: Sequence[Sequence[int]], fit: Fit
 ) -> Fitted:
-    """Those of every checkpoint of the featurizer's task: read where the run has them, and fitted
-    and written where it has not. Raises as `read_bases` does."""
-    records = featurizer.task.manifest()["checkpoints"]
-    last, own = len(records) - 1, projection.kind == "eigenbasis"
-    trainings = by_training(records) if own else [list(range(len(records)))]
-    known: dict[str, Bases] = {}
-    found: dict[int, str] = {}  # checkpoint -> digest
+    """Those of every checkpoint: ``known`` of the run where it has them, else fitted and written.
 
-    def fitted(checkpoint: int, first: Bases | None) -> tuple[str, Bases]:
-        bases = featurizer.fit(projection, dataset, batch_size, progress, checkpoint, first)
-        digest = digest_of(bases_to_bytes(bases))
-        known[digest] = bases
-        return digest, bases
-
-    if stored is None:
-        first, layout = fitted(last, None)
-        write_file(path / bases_file(None, first), bases_to_bytes(layout))
-        found[last] = first
-    else:
-        before = read_bases(path, stored, featurizer.task)
-        known, first, layout = {**before.known}, before.first, before.known[before.first]
-        found = dict(enumerate(before.digests))
-    manifest = {"projection": {"bases_digest": first}}
-    for training in trainings:
-        digest = next((found[c] for c in training if c in found), None)
+    trainings: the checkpoints of each, by their places. The last one's basis lays out the rows.
+    """
+    bases = dict(known.known) if known else {}
+    of = dict(enumerate(known.digests)) if known else {}  # checkpoint -> digest
+    first = known.first if known else ""
+    for training in sorted(trainings, key=max, reverse=True):
+        digest = next((of[c] for c in training if c in of), None)
         if digest is None:
-            digest, bases = fitted(training[-1], layout)
-            write_file(path / bases_file(manifest, digest), bases_to_bytes(bases))
-        found |= {c: digest for c in training if c not in found}
-    return Fitted(known, [found[c] for c in range(len(records))], first)
+            found = fit(max(training), bases.get(first))
+            data = bases_to_bytes(found)
+            digest = digest_of(data)
+            first = first or digest
+            bases[digest] = found
+            write_file(path / bases_file(first, digest), data)
+        of |= {c: digest for c in training if c not in of}
+    return Fitted(bases, [of[c] for c in sorted(of)], first)

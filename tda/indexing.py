@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import platform
 import sys
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
 from tda import __version__
-from tda.bases import fit_bases
+from tda.bases import fit_bases, read_bases
 from tda.batch_size import BatchSize, check_batch_size
 from tda.cluster import Cluster, working
 from tda.curvature.table import check_measurement
@@ -26,6 +27,7 @@ from tda.store.files import Place, as_place, stat_file
 from tda.store.lock import sole_writer
 from tda.task import Task, require_task
 from tda.training.metric import check_projection
+from tda.training.schedule import by_training
 
 _CHUNK_BYTES = 8 * 2**20  # of rows: larger buffers page-fault on every read
 _MAX_CHUNK_ROWS = 4096
@@ -112,9 +114,15 @@ def _open_or_create(
         projection = projection.resolve(shapes, probe.rank_one, probe.filters)
     else:
         projection = projection.as_stored(shapes, stored["projection"])
-    bases = None
+    about, bases = task.manifest(), None
     if projection.needs_pilot:
-        bases = fit_bases(path, stored, featurizer, projection, data, batch_size, progress)
+        own, every = projection.kind == "eigenbasis", [range(len(task.checkpoints))]
+        bases = fit_bases(
+            path,
+            read_bases(path, stored, task) if stored else None,
+            by_training(about["checkpoints"]) if own else every,
+            partial(featurizer.fit, projection, data, batch_size, progress),
+        )
     projector = featurizer.bind(projection, bases)
     spec = {**projection.spec(), "dim": projector.dim}
     if bases is not None:
@@ -124,7 +132,7 @@ def _open_or_create(
         chunk_rows = stored["chunk_rows"] if stored else _chunk_rows(projector.dim, dtype)
     manifest: dict[str, Any] = {
         "format": 1,
-        **task.manifest(),
+        **about,
         "projection": spec,
         **({"layers": layers} if layers else {}),
         **(bases.by_checkpoint if bases is not None else {}),

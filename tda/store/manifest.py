@@ -198,17 +198,17 @@ def grown_bases(manifest: Mapping[str, Any], added: str | None) -> dict[str, lis
     return {"bases": [*bases_by_checkpoint(manifest), added]}
 
 
-def bases_file(manifest: Mapping[str, Any] | None, digest: str) -> str:
-    """Where the bases of that digest lie; without a manifest they are the first of a run."""
-    if manifest is None or digest == _first(manifest):
-        return BASES
-    return BASES.replace(".", f"-{digest[:16]}.")
+def bases_file(first: str, digest: str) -> str:
+    """Where the bases of that digest lie, in a run whose first ones are ``first``."""
+    return BASES if digest == first else BASES.replace(".", f"-{digest[:16]}.")
 
 
 def bases_files(manifest: Mapping[str, Any]) -> dict[str, str]:
     """File → digest, the first bases first."""
-    digests = [d for d in (_first(manifest), *bases_by_checkpoint(manifest)) if d is not None]
-    return {bases_file(manifest, digest): digest for digest in dict.fromkeys(digests)}
+    first = _first(manifest)
+    if first is None:
+        return {}
+    return {bases_file(first, d): d for d in dict.fromkeys([first, *bases_by_checkpoint(manifest)])}
 
 
 def entries_of(parts: Mapping[str, Any]) -> dict[str, bytes]:
