@@ -85,7 +85,7 @@ def cells_of(about: dict[str, Any], peers: Iterable[str], more: bool) -> list[An
         by_peers.append(cells.Cell(kind="peer", method=method, **given))
     found = [*cells.of_one_model(wide=False), *(cells.of_adam() if about["adam"] else ())]
     found += cells.of_output(num_models) if about.get("no_labels") else ()
-    found += [*by_peers, *cells.of_smoothed(num_models), *cells.of_several(num_models)]
+    found += [*by_peers, *cells.of_smoothed(), *cells.of_several(num_models)]
     found += [*cells.of_one_model(wide=True), *cells.of_curve()]
     if more:
         replayed = min(20, about["num_queries"])

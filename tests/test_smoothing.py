@@ -111,7 +111,7 @@ def test_the_mean_of_a_pair_is_even_in_the_noise(tmp_path):
     gradients is (r_q r_i + δᵀx_q δᵀx_i)·x_qᵀx_i, for what is linear in δ cancels."""
     model, (x, t), (x_q, t_q) = regression()
     weights = {"0.weight": model[0].weight.detach().clone()}
-    run = indexed(tmp_path / "run", tda.smoothed(weights, 2))
+    run = indexed(tmp_path / "run", tda.smoothed(weights, 2, noise=0.5))
     w = weights["0.weight"][0].double()
     noise = with_noise(weights, model, 0.5, seed=0)["0.weight"][0].double() - w
     (a, b), (x, x_q) = (
@@ -139,7 +139,7 @@ def test_many_copies_begin_with_a_few_and_a_run_grows_by_them(tmp_path):
 
 def test_other_noise_is_another_run(tmp_path):
     weights = regression()[0].state_dict()
-    indexed(tmp_path / "run", tda.smoothed(weights, 2))
+    indexed(tmp_path / "run", tda.smoothed(weights, 2, noise=0.5))
     with pytest.raises(MismatchError, match="checkpoint"):
         indexed(tmp_path / "run", tda.smoothed(weights, 2, noise=0.4))
 

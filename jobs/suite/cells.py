@@ -58,7 +58,6 @@ SMOOTHED: tuple[tuple[str, str | None, int, Dtype, int], ...] = (
     ("influence_shrunk", "eigenbasis", 1_024, "bfloat16", 6),  # 12 KB
     ("influence_shrunk", "eigenbasis", 4_096, "bfloat16", 4),  # 32 KB
 )
-COPIES_OF_EACH = 2
 INT4_DIMS = (1_024, 3_584, 14_336, 57_344)  # the last two: 8 and 32 KB
 FEW_DIMS, MANY_DIMS = (256, 512, 1_024, 2_048), (256, 1_024, 4_096, 8_192, 16_384)
 CURVES: tuple[
@@ -155,17 +154,12 @@ def of_one_model(wide: bool) -> Iterator[Cell]:
             yield cell
 
 
-def of_smoothed(num_models: int) -> Iterator[Cell]:
-    """One model, and several, with copies of each around it."""
+def of_smoothed() -> Iterator[Cell]:
+    """One model, and copies of it with noise on the weights."""
     for method, kind, dim, dtype, copies in SMOOTHED:
         yield Cell(
             kind="recipe", method=method, copies=copies, projection=kind, dim=dim, dtype=dtype
         )
-    for number in sorted({min(n, num_models) for n in NUM_MODELS} - {1}):
-        yield Cell(
-            kind="recipe", method="influence_ekfac", checkpoints="models", number=number,
-            copies=COPIES_OF_EACH,
-        )  # fmt: skip
 
 
 def of_several(num_models: int) -> Iterator[Cell]:

@@ -35,8 +35,9 @@ queries and subsets. *Halves*: random halves, averaged over seeds; *removal*: a 
 out of the very run that is attributed. The ceiling is the LDS of retraining itself.
 
 Seconds are from checkpoints to scores (indexing + answering) on one core of machines that did
-other work too: orders of magnitude, no benchmark (fashion_cnn and rotten_tomatoes on an Intel Xeon
-with AMX, the others on a Zen 5). A recipe finds in the store's cache what a row
+other work too: orders of magnitude, no benchmark (fashion_cnn and all rows with copies on a Zen 2,
+rotten_tomatoes on an Intel Xeon with AMX, the others on a Zen 5). Rows of two machines stand
+together where what both computed came out alike. A recipe finds in the store's cache what a row
 before it decomposed. Peak memory is that of the process. A row "not done in 3 minutes" ran into
 the limit of that call (`--limit`), and is tried again by one with a longer limit.
 
@@ -51,9 +52,11 @@ penbased, shakespeare and fashion_ddpm): so it is level with kronfluence's joint
 and its bias. What is left between the two on shakespeare is damping: it asks for less than others.
 A row marked *earlier* is of a recipe that has changed since.
 
-*copies of each*: `tda.smoothed`, scores averaged over copies of a trained model with noise of half
-the median |weight|, chosen on digits_mlp, penbased and fashion_mlp. They are one model's, and take
-as many times the work. Other methods would gain by it too; the peers were run as they are.
+*copies*: `tda.smoothed`, scores averaged over copies of a trained model with noise of a
+fifth of the median |weight|, chosen on digits_mlp, penbased, fashion_mlp and diamonds: half of it
+is better on the first three and on film reviews, and worse than none on diamonds. They are one
+model's, and take as many times the work. Other methods would gain by it too; the peers were run as
+they are.
 
 *layers = learned*: with `run.learn_layer_weights`, whose two numbers were chosen on digits_mlp and
 rotten_tomatoes: the other tasks judge it. *metric = adam*: gradients in the metric of Adam's steps.
@@ -134,7 +137,7 @@ def _kept(cell: Mapping[str, Any]) -> str:
         "models": f"{cell['number']} runs",
     }
     asked = cell.get("num_queries")
-    smoothed = f", {cell['copies']} copies of each" if cell.get("copies", 1) > 1 else ""
+    smoothed = f", {cell['copies']} copies" if cell.get("copies", 1) > 1 else ""
     return words[cell["checkpoints"]] + smoothed + (f", {asked} queries" if asked else "")
 
 
@@ -246,7 +249,7 @@ def _short(row: Row | None, protocol: str) -> str:
         return "–"
     cell = row["cell"]
     by = f"{cell['peer']} " if cell.get("peer") else ""
-    of = f", {_kept(cell)}" if _kept(cell) != "1" else ""
+    of = "" if _kept(cell) == "1" else f", {_kept(cell).removeprefix('1, ')}"
     return f"{_value(row, protocol):.3f} {by}{_method(row)}{of}"
 
 
@@ -353,7 +356,14 @@ def _is_whole(row: Row) -> bool:
     """Of EK-FAC on one model, nothing projected, as the engine has it."""
     cell = row["cell"]
     known = {"kind": "recipe", "method": "influence_ekfac", "projection": None, "damping": "auto"}
-    one = {"checkpoints": "last", "number": 1, "part": "table", "query": "own", "blocks": "own"}
+    one = {
+        "checkpoints": "last",
+        "number": 1,
+        "copies": 1,
+        "part": "table",
+        "query": "own",
+        "blocks": "own",
+    }
     return all(cell[key] == value for key, value in (known | one).items()) and "lds" in row
 
 
