@@ -240,6 +240,8 @@ def test_rows_of_two_machines_are_joined_where_what_both_have_is_alike():
     joined = kept.joined(before, near)
     assert joined["truth"] == before["truth"]
     assert [one["lds"]["half"]["value"] for one in joined["rows"]] == [0.2] * 3 + [0.1, 0.4]
+    failed = {"cell": row("grad_cos", 0)["cell"], "why_not": "not done in 3 minutes"}
+    assert kept.joined(before, {**near, "rows": [*near["rows"], failed]}) == joined
     far = found("y", row("trak", 0.23), *(row(m, 0.2) for m in methods[1:]), new)
     few = found("y", *(row(m, 0.2) for m in methods[:2]), new)
     other = {**near, "truth": {**near["truth"], "retrainings": 7}}

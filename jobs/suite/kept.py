@@ -89,12 +89,16 @@ def joined(kept: Found | None, found: Found) -> Found | None:
 
 def _agree(kept: Found, found: Found) -> bool:
     """Whether as many retrainings gave the rows that both have the same figures."""
-    both = {name_of(row): row["lds"] for row in kept["rows"] if row.get("lds")}
-    pairs = [(both[n], row["lds"]) for row in found["rows"] if (n := name_of(row)) in both]
-    pairs = [pair for pair in pairs if pair[1]]
-    differences = [abs(a[p]["value"] - b[p]["value"]) for a, b in pairs for p in a.keys() & b]
-    alike = len(pairs) >= _ENOUGH and max(differences) <= _ALIKE
-    return alike and _size(kept) == _size(found)
+    there, here = (
+        {name_of(row): row["lds"] for row in of["rows"] if row.get("lds")} for of in (kept, found)
+    )
+    both = there.keys() & here
+    alike = all(
+        abs(there[name][protocol]["value"] - here[name][protocol]["value"]) <= _ALIKE
+        for name in both
+        for protocol in there[name].keys() & here[name]
+    )
+    return alike and len(both) >= _ENOUGH and _size(kept) == _size(found)
 
 
 def name_of(row: Mapping[str, Any]) -> str:
