@@ -12,7 +12,6 @@ keeps as many coordinates as in the first, so that all rows have one layout.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,7 @@ from tda.errors import MismatchError, StoreError
 from tda.gradients import shapes_of
 from tda.projection import Bases, bases_from_bytes, bases_to_bytes
 from tda.store.files import Place, read_file, write_file
-from tda.store.manifest import bases_by_checkpoint, bases_file
+from tda.store.manifest import bases_by_checkpoint, bases_digest, bases_file, bases_files
 
 if TYPE_CHECKING:
     from tda.task import Task
@@ -47,11 +46,6 @@ class Fitted:
         return {} if set(self.digests) == {self.first} else {"bases": list(self.digests)}
 
 
-def digest_of(data: bytes) -> str:
-    """As the manifest has it."""
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
 def read_bases(path: Place, manifest: Mapping[str, Any], task: Task) -> Fitted:
     """Those of a run. Raises MismatchError if it has none, StoreError."""
     first = manifest["projection"].get("bases_digest")
@@ -63,19 +57,17 @@ def read_bases(path: Place, manifest: Mapping[str, Any], task: Task) -> Fitted:
             wanted=f"projection.kind = {manifest['projection']['kind']!r}, as the run has it",
             do="use the projection this run was made with, or index into a new folder",
         )
-    digests = bases_by_checkpoint(manifest)
     shapes, known = shapes_of(task.model), {}
-    for digest in dict.fromkeys([first, *digests]):
-        file = path / bases_file(first, digest)
-        data = read_file(file) or b""
-        if digest_of(data) != digest:
+    for file, digest in bases_files(manifest).items():
+        data = read_file(path / file) or b""
+        if bases_digest(data) != digest:
             raise StoreError(
                 "the bases of the projection are missing or were altered",
-                where=file,
+                where=path / file,
                 do="restore the file from a copy, or index again into a new folder",
             )
         known[digest] = bases_from_bytes(data, shapes)
-    return Fitted(known, digests, first)
+    return Fitted(known, bases_by_checkpoint(manifest), first)
 
 
 def fit_bases(
@@ -93,7 +85,7 @@ def fit_bases(
         if digest is None:
             found = fit(max(training), bases.get(first))
             data = bases_to_bytes(found)
-            digest = digest_of(data)
+            digest = bases_digest(data)
             first = first or digest
             bases[digest] = found
             write_file(path / bases_file(first, digest), data)

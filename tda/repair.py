@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tda.bases import digest_of
 from tda.batch_size import BatchSize
 from tda.data import as_dataset, describe
 from tda.errors import StoreError
@@ -21,7 +20,15 @@ from tda.store import Fault, Table
 from tda.store.files import read_file, remove_file, write_file
 from tda.store.local import TMP
 from tda.store.lock import sole_writer
-from tda.store.manifest import BASES, CURVATURE, QUERIES, TRAIN, bases_by_checkpoint, bases_files
+from tda.store.manifest import (
+    BASES,
+    CURVATURE,
+    QUERIES,
+    TRAIN,
+    bases_by_checkpoint,
+    bases_digest,
+    bases_files,
+)
 from tda.store.marks import chunk_mark
 from tda.upkeep import verify
 
@@ -128,9 +135,9 @@ def _bases(run: Run, file: str, digest: str, dataset: Any, batch_size: BatchSize
     if file != BASES:  # of another training than the first, which has been mended by now
         layout = bases_from_bytes(read_file(run.path / BASES) or b"", shapes_of(task.model))
     last = max(place for place, one in enumerate(digests) if one == digest)
-    data, sized = as_dataset(dataset), (batch_size, False)
-    found = bases_to_bytes(Featurizer(task).fit(projection, data, *sized, last, layout))
-    if digest_of(found) != digest:
+    fit = Featurizer(task).fit
+    found = bases_to_bytes(fit(projection, as_dataset(dataset), batch_size, False, last, layout))
+    if bases_digest(found) != digest:
         raise StoreError(
             "the bases of the projection cannot be fitted again",
             where=run.path / file,

@@ -179,6 +179,11 @@ def rows_depend_on(manifest: Mapping[str, Any], checkpoint: int) -> dict[str, An
     return {**parts, "checkpoint": record["digest"]}
 
 
+def bases_digest(data: bytes) -> str:
+    """Of the bases of a projection, as a manifest has it."""
+    return blake2b(data, digest_size=16).hexdigest()
+
+
 def _first(manifest: Mapping[str, Any]) -> str | None:
     digest: str | None = manifest["projection"].get("bases_digest")
     return digest

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import Any, Literal
 
 from tda.errors import StoreError
 from tda.store.files import TMP, Place, is_writable, list_files, map_file, read_file, stat_file
-from tda.store.manifest import NAME, bases_files, cure, read_manifest, redo, table_names
+from tda.store.manifest import (
+    NAME,
+    bases_digest,
+    bases_files,
+    cure,
+    read_manifest,
+    redo,
+    table_names,
+)
 from tda.store.marks import (
     FOLDER,
     STATIC,
@@ -57,7 +64,7 @@ def _bases_faults(run: Place, manifest: Mapping[str, Any]) -> Iterator[Fault]:
         data = read_file(run / name)
         if data is None:
             yield Fault(name, "missing", _WHAT["missing"], do)
-        elif blake2b(data, digest_size=16).hexdigest() != digest:
+        elif bases_digest(data) != digest:
             yield Fault(name, "altered", _WHAT["altered"], do)
 
 
