@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from tda.scorer.ranking import Ranking, TopK
     from tda.task import Checkpoint, Task
     from tda.training.recorder import Recorder, recorded
-    from tda.training.smoothing import smoothed
+    from tda.training.smoothing import find_noise, smoothed
     from tda.unprojected.streaming import attribute
 
 __version__ = "0.1.0"
@@ -68,6 +68,7 @@ _HOMES = {
     "Recorder": "tda.training.recorder",
     "recorded": "tda.training.recorder",
     "smoothed": "tda.training.smoothing",
+    "find_noise": "tda.training.smoothing",
     "TdaError": "tda.errors",
     "TaskError": "tda.errors",
     "DataError": "tda.errors",
@@ -83,7 +84,7 @@ __all__ = [
     "Task", "Checkpoint", "Measurement", "MEASUREMENTS", "Projection",
     "index", "open", "Run", "Cluster", "attribute", "fit_ekfac", "EkFac", "lead",
     "Recipe", "RECIPES", "TopK", "Ranking", "Training", "Recorder", "recorded",
-    "smoothed",
+    "smoothed", "find_noise",
     "TdaError", "TaskError", "DataError", "GradientError", "StoreError", "MismatchError",
     "RecipeError", "ConfigError", "ClusterError",
 ]  # fmt: skip

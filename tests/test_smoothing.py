@@ -192,3 +192,66 @@ def test_what_makes_no_sense_is_refused(options, words):
     given = {"checkpoints": nn.Linear(2, 2).state_dict(), **options}
     with pytest.raises(TaskError, match=words):
         tda.smoothed(**given)
+
+
+LEVELS = [float(f"{10 ** (k / 10):.2g}") for k in range(-20, 7)]
+
+
+def largest(kept: list[float], cosine: float) -> float:
+    return [level for level, mean in zip(LEVELS, kept, strict=True) if mean >= cosine][-1]
+
+
+@pytest.mark.parametrize("cosine", [0.62, 0.82, 0.93])
+@pytest.mark.parametrize("measurement", [half_square, "squared_error"])
+def test_as_much_noise_is_found_as_gradients_keep_their_direction_in(measurement, cosine):
+    """Of a linear model ∇ℓ = r·x, so that a cosine is 1, or −1 where r changes its sign."""
+    model, (x, t), _ = regression()
+    weights = {"0.weight": model[0].weight.detach().clone()}
+    w, x, t = weights["0.weight"][0].double(), x.double(), t.double()
+    step = with_noise(weights, model, 1.0, seed=0)["0.weight"][0].double() - w
+    residual = x @ w - t
+
+    def mean(level: float) -> float:
+        moved = (residual + sign * level * (x @ step) for sign in (1, -1))
+        return float(torch.cat([(residual * r).sign() for r in moved]).mean())
+
+    kept = [mean(level) for level in LEVELS]
+    assert kept == sorted(kept, reverse=True) and kept[0] == 1 and kept[-1] < 0.6
+    task = tda.Task(model, checkpoints=weights, measurement=measurement)
+    assert tda.find_noise(task, (x.float(), t.float()), cosine) == largest(kept, cosine)
+
+
+def test_gradients_that_feel_no_noise_bear_the_most():
+    """f = wᵀx has the gradient x whatever w is."""
+    model, train, _ = regression()
+    task = tda.Task(model, measurement=lambda model, batch: model(batch[0]))
+    assert tda.find_noise(task, train) == LEVELS[-1]
+
+
+def test_noise_is_found_around_the_weights_themselves():
+    model, train, _ = regression()
+    weights = model.state_dict()
+    of_copies = tda.Task(model, checkpoints=tda.smoothed(weights, 2, 1.0), measurement=half_square)
+    of_weights = tda.Task(model, checkpoints=weights, measurement=half_square)
+    found = [tda.find_noise(task, train, 0.8) for task in (of_copies, of_weights)]
+    assert found[0] == found[1] < LEVELS[-1]
+    assert [c.noise for c in of_copies.checkpoints] == [1.0, -1.0]
+
+
+def test_where_the_least_noise_is_too_much_that_is_said():
+    """Fitted to rounding, residuals have whatever sign the noise gives them."""
+    model, (x, _), _ = regression()
+    with torch.no_grad():
+        targets = model(x) + 1e-6
+    task = tda.Task(model, measurement=half_square)
+    with pytest.raises(TaskError, match="score the model as it is"):
+        tda.find_noise(task, (x, targets))
+
+
+@pytest.mark.parametrize("cosine", [0, 1, 1.5, float("nan"), "most"])
+def test_what_is_no_cosine_is_refused(cosine):
+    model, train, _ = regression()
+    with pytest.raises(TaskError, match="no cosine"):
+        tda.find_noise(tda.Task(model, measurement=half_square), train, cosine)
+    with pytest.raises(TaskError, match="not a task"):
+        tda.find_noise(model, train)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -53,10 +53,15 @@ ON_PATH = (
     ("source", "count_sketch", "own"),
 )
 NUM_MODELS, PATH_LENGTH = (5, 10), 6
-SMOOTHED: tuple[tuple[str, str | None, int, Dtype, int], ...] = (
-    ("influence_ekfac", None, 0, "bfloat16", 6),  # method, projection, dim, dtype, copies
-    ("influence_shrunk", "eigenbasis", 1_024, "bfloat16", 6),  # 12 KB
-    ("influence_shrunk", "eigenbasis", 4_096, "bfloat16", 4),  # 32 KB
+FOUND = "found"
+SMOOTHED: tuple[tuple[str, str | None, int, int, str], ...] = (
+    ("influence_ekfac", None, 0, 6, "0.2"),  # method, projection, dim, copies, noise
+    ("influence_ekfac", None, 0, 6, FOUND),
+    ("influence_shrunk", "eigenbasis", 1_024, 6, "0.2"),  # 12 KB
+    ("influence_shrunk", "eigenbasis", 1_024, 6, FOUND),
+    ("influence_shrunk", "eigenbasis", 4_096, 4, "0.2"),  # 32 KB
+    ("influence_shrunk", "eigenbasis", 4_096, 4, FOUND),
+    ("influence_ekfac", None, 0, 24, FOUND),
 )
 INT4_DIMS = (1_024, 3_584, 14_336, 57_344)  # the last two: 8 and 32 KB
 FEW_DIMS, MANY_DIMS = (256, 512, 1_024, 2_048), (256, 1_024, 4_096, 8_192, 16_384)
@@ -81,6 +86,7 @@ class Cell:
     checkpoints: str = "last"
     number: int = 1
     copies: int = 1  # of each, with noise on the weights: `tda.smoothed`
+    noise: str = "0.2"  # of copies; or found, by `tda.find_noise`
     projection: str | None = None
     dim: int = 0
     dtype: Dtype = "bfloat16"  # of a stored number
@@ -101,6 +107,7 @@ class Cell:
         parts += [self.projection or "", str(self.dim or ""), self.metric, self.damping]
         parts += [part for part in (self.query, self.blocks, self.layers) if part != "own"]
         parts += [f"smoothed_{self.copies}"] if self.copies > 1 else []
+        parts += [self.noise] if self.noise == FOUND else []
         parts += [self.measured] if self.measured != "loss" else []
         parts += [self.dtype] if self.dtype != "bfloat16" else []
         parts = [*parts, self.part] if self.part == "curve" else parts
@@ -156,9 +163,9 @@ def of_one_model(wide: bool) -> Iterator[Cell]:
 
 def of_smoothed() -> Iterator[Cell]:
     """One model, and copies of it with noise on the weights."""
-    for method, kind, dim, dtype, copies in SMOOTHED:
+    for method, kind, dim, copies, noise in SMOOTHED:
         yield Cell(
-            kind="recipe", method=method, copies=copies, projection=kind, dim=dim, dtype=dtype
+            kind="recipe", method=method, copies=copies, noise=noise, projection=kind, dim=dim
         )
 
 
@@ -239,12 +246,17 @@ def task_of(work: Any, cell: Cell, path: Path, quick: bool) -> Task:
     """The task with the cell's checkpoints."""
     whole = work.task(str(path), cell.checkpoints, quick)
     chosen = whole.checkpoints[: cell.number]
-    return Task(
+    made = partial(
+        Task,
         whole.model,
-        checkpoints=tda.smoothed(chosen, cell.copies) if cell.copies > 1 else chosen,
         measurement=work.output if cell.measured == "output" else whole.measurement,
         metric=cell.metric,
     )
+    if cell.copies == 1:
+        return made(chosen)
+    is_found = cell.noise == FOUND
+    noise = tda.find_noise(made(chosen), work.train_set(quick)) if is_found else float(cell.noise)
+    return made(tda.smoothed(chosen, cell.copies, noise))
 
 
 def compute(work: Any, cell: Cell, path: Path, quick: bool) -> None:
@@ -311,13 +323,21 @@ def _recipe(work: Any, cell: Cell, path: Path, quick: bool, train: Any, queries:
         task = task_of(work, cell, path, quick)
         recipe = recipe_of(cell)
         scores = tda.attribute(task, train, queries, recipe=recipe, progress=False)
-        return scores, {"bytes_per_example": 0, "recipe": recipe.explain()}
+        about = {"bytes_per_example": 0, "recipe": recipe.explain()}
+        return scores, about | _noise([vars(one) for one in task.checkpoints])
     run = tda.open(path / "stores" / cell.needs[0].name)
     recipe = choose(run.store) if cell.method == AUTO else recipe_of(cell)
     about = {"chosen": recipe.name, "recipe": recipe.explain()}
+    about |= _noise(run.store.manifest["checkpoints"])
     if cell.layers == "learned":
         recipe = run.learn_layer_weights("test", recipe)
     return run.scores("test", recipe=recipe).compute(), about
+
+
+def _noise(checkpoints: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Of copies, on their weights."""
+    noise = checkpoints[0].get("noise")
+    return {"noise": noise} if noise else {}
 
 
 def recipe_of(cell: Cell) -> Recipe:

@@ -91,7 +91,13 @@ def _cells(row: Row) -> tuple[str, ...]:
     rows = f"{cell['projection'].replace('_', ' ')} {cell['dim']:,}" if cell["projection"] else "–"
     rows += f", {cell['dtype']}" if cell.get("dtype", "bfloat16") != "bfloat16" else ""
     by = cell.get("peer") or "tda"
-    about = (_method(row), by, _kept(cell), rows, row.get("damping", cell["damping"]))
+    about = (
+        _method(row),
+        by,
+        _kept(cell, row.get("noise")),
+        rows,
+        row.get("damping", cell["damping"]),
+    )
     if "why_not" in row:
         return (*about, "–", "–", row["why_not"], "", "")
     measured = tuple(_estimate(row["lds"].get(protocol)) for protocol in PROTOCOLS)
@@ -129,15 +135,24 @@ def label(cell: Mapping[str, Any]) -> str:
     return f"{by}{_method({'cell': cell})} ({_kept(cell)}{rows})"
 
 
-def _kept(cell: Mapping[str, Any]) -> str:
+def _kept(cell: Mapping[str, Any], noise: float | None = None) -> str:
     words = {
         "last": "1",
         "path": f"{cell['number']} of one run",
         "models": f"{cell['number']} runs",
     }
     asked = cell.get("num_queries")
-    smoothed = f", {cell['copies']} copies" if cell.get("copies", 1) > 1 else ""
-    return words[cell["checkpoints"]] + smoothed + (f", {asked} queries" if asked else "")
+    return (
+        words[cell["checkpoints"]] + _copies(cell, noise) + (f", {asked} queries" if asked else "")
+    )
+
+
+def _copies(cell: Mapping[str, Any], noise: float | None) -> str:
+    if cell.get("copies", 1) == 1:
+        return ""
+    known = f"{noise:g} found" if noise else "found"
+    told = known if cell.get("noise") == "found" else cell.get("noise", "0.2")
+    return f", {cell['copies']} copies, noise {told}"
 
 
 def _seconds(row: Row) -> str:
@@ -248,7 +263,8 @@ def _short(row: Row | None, protocol: str) -> str:
         return "–"
     cell = row["cell"]
     by = f"{cell['peer']} " if cell.get("peer") else ""
-    of = "" if _kept(cell) == "1" else f", {_kept(cell).removeprefix('1, ')}"
+    kept = _kept(cell, row.get("noise"))
+    of = "" if kept == "1" else f", {kept.removeprefix('1, ')}"
     return f"{_value(row, protocol):.3f} {by}{_method(row)}{of}"
 
 

@@ -10,14 +10,29 @@ of models trained anew. Copies come in pairs, ε and −ε: what is odd in ε le
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from tda.errors import TaskError
-from tda.task import Checkpoint, as_checkpoints
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-NOISE = 0.2  # chosen on digits_mlp, penbased, fashion_mlp and diamonds of the suite
+from tda.data import Batch, Dataset, as_dataset, collate, read
+from tda.errors import TaskError
+from tda.featurizer import Features, Featurizer
+from tda.projection import Projection
+from tda.task import Checkpoint, Task, as_checkpoints, require_task
+
+# both chosen on digits_mlp, penbased, fashion_mlp and diamonds of the suite
+NOISE = 0.2
+COSINE = 0.93
+_LEVELS = tuple(float(f"{10 ** (k / 10):.2g}") for k in range(-20, 7))  # 0.01, 0.013, … 4.0
+_NUM_EXAMPLES = 64
+_DIM = 4_096  # of a gradient's sketch: a cosine of many is as good as exact
 
 
 def smoothed(checkpoints: Any, count: int = 6, noise: float = NOISE) -> list[Checkpoint]:
@@ -25,8 +40,8 @@ def smoothed(checkpoints: Any, count: int = 6, noise: float = NOISE) -> list[Che
 
     checkpoints: as `tda.Task` takes them: a state dict, a path, a `tda.Checkpoint`, or a list.
     count: even. The first of many copies are those of a few, so that a run can grow. noise: its
-    standard deviation, in units of the median |weight| of the model: too much of it where the mean
-    training loss rises by more than a half. A classifier that hardly feels it gains by more.
+    standard deviation, in units of the median |weight| of the model; `find_noise` finds how much a
+    model bears, which for a classifier is often more.
 
     Indexing takes ``count`` times as long, and the run as many bytes. Copies are of one training:
     they say nothing of what another seed would have found. Files are read and noise is drawn when
@@ -56,3 +71,61 @@ def smoothed(checkpoints: Any, count: int = 6, noise: float = NOISE) -> list[Che
         for sign in "+-"
         for index, checkpoint in enumerate(given)  # a path of checkpoints stays one
     ]
+
+
+def find_noise(task: Task, dataset: Any, cosine: float = COSINE) -> float:
+    """The noise for `smoothed` that leaves the gradients of examples where they point.
+
+        the largest s with  mean_{i,±} cos(∇ℓ_i(θ ± s·median_j|θ_j|·ε), ∇ℓ_i(θ)) ≥ cosine
+
+    of at most 64 examples of the data, at the last checkpoint of the task and in its metric. s is
+    one of ten steps a decade from 0.01 to 4, so that it is the same number on another machine.
+    Takes as long as to index about a thousand examples. Raises TaskError where 0.01 is too much.
+    """
+    require_task(task, "tda.find_noise(task, dataset)")
+    if not isinstance(cosine, int | float) or not 0 < cosine < 1:
+        raise TaskError("this is no cosine", found=repr(cosine), wanted=f"0 < cosine < 1: {COSINE}")
+    at = _gradients(task, as_dataset(dataset))
+    clean = at(0)
+    low, high = -1, len(_LEVELS)  # what is kept, and what is too much
+    while high - low > 1:
+        middle = (low + high) // 2
+        kept = [_mean_cosine(at(1 + 2 * middle + side), clean) for side in (0, 1)]
+        low, high = (middle, high) if sum(kept) / 2 >= cosine else (low, middle)  # not where NaN
+    if low < 0:
+        raise TaskError(
+            "the least noise turns the gradients round",
+            found=f"a mean cosine below {cosine:g} at a noise of {_LEVELS[0]:g}",
+            do="score the model as it is, or train it with other seeds",
+        )
+    return _LEVELS[low]
+
+
+def _gradients(task: Task, dataset: Dataset) -> Any:
+    """Sketches of ∇ℓ ``[example, dim]``: 0 without noise, then +s and −s of every level."""
+    last = replace(task.checkpoints[-1], noise=0.0)
+    copies = copy.copy(task)
+    signed = (sign * s for s in _LEVELS for sign in (1, -1))
+    copies.checkpoints = (last, *(replace(last, noise=s) for s in signed))
+    featurizer = Featurizer(copies)
+    featurizer.bind(Projection("count_sketch", _DIM))
+    batches = _batches(task, dataset, featurizer.batch_size("auto", dataset))
+
+    def at(checkpoint: int) -> Tensor:
+        featurizer.at(checkpoint)
+        found = Features.concatenate([featurizer(batch, count) for batch, count in batches])
+        return torch.where(found.columns["slope"] < 0, -1, 1)[:, None] * found.rows
+
+    return at
+
+
+def _batches(task: Task, dataset: Dataset, size: int) -> Sequence[tuple[Batch, int]]:
+    """A few examples drawn at random: (batch, how many)."""
+    count = min(_NUM_EXAMPLES, len(dataset))
+    drawn = np.random.default_rng(0).choice(len(dataset), count, replace=False)
+    parts = [drawn[first : first + size] for first in range(0, count, size)]
+    return [(collate([read(dataset, int(i)) for i in p], task.collate), len(p)) for p in parts]
+
+
+def _mean_cosine(a: Tensor, b: Tensor) -> float:
+    return float(F.cosine_similarity(a, b).mean())
