@@ -173,7 +173,12 @@ def of_several(num_models: int) -> Iterator[Cell]:
     """What the table has of independent models and of one run's path."""
     counts = sorted({min(n, num_models) for n in NUM_MODELS} - {1})
     for number in counts:
-        yield Cell(kind="recipe", method="influence_ekfac", checkpoints="models", number=number)
+        many = partial(Cell, kind="recipe", checkpoints="models", number=number)
+        yield many(method="influence_ekfac")
+        wide = many(method="influence_shrunk", projection="eigenbasis", dim=DIM)
+        yield wide
+        if number == counts[0]:
+            yield replace(wide, copies=2, noise=FOUND)
     on_models = [(ON_MODELS, "models", number) for number in counts]
     for chosen, which, number in (*on_models, (ON_PATH, "path", PATH_LENGTH)):
         for method, kind, query in chosen:
