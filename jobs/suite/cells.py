@@ -177,8 +177,9 @@ def of_several(num_models: int) -> Iterator[Cell]:
         yield many(method="influence_ekfac")
         wide = many(method="influence_shrunk", projection="eigenbasis", dim=DIM)
         yield wide
-        if number == counts[0]:
-            yield replace(wide, copies=2, noise=FOUND)
+        yield replace(wide, copies=2, noise=FOUND)
+        rows = many(method="influence_gn", query="margin", projection="count_sketch")
+        yield replace(rows, dim=EACH_DIMS["count_sketch"], copies=2, noise=FOUND)
     on_models = [(ON_MODELS, "models", number) for number in counts]
     for chosen, which, number in (*on_models, (ON_PATH, "path", PATH_LENGTH)):
         for method, kind, query in chosen:
