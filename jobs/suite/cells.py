@@ -179,7 +179,7 @@ def of_several(num_models: int) -> Iterator[Cell]:
         yield wide
         yield replace(wide, copies=2, noise=FOUND)
         rows = many(method="influence_gn", query="margin", projection="count_sketch")
-        yield replace(rows, dim=EACH_DIMS["count_sketch"], copies=2, noise=FOUND)
+        yield replace(rows, dim=EACH_DIMS["count_sketch"], dtype="int4", copies=4, noise=FOUND)
     on_models = [(ON_MODELS, "models", number) for number in counts]
     for chosen, which, number in (*on_models, (ON_PATH, "path", PATH_LENGTH)):
         for method, kind, query in chosen:
