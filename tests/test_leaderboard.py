@@ -173,6 +173,21 @@ def test_our_best_is_held_against_the_best_peer_and_its_defaults():
     assert tables.ratios({"t": {"ceilings": {"half": 0.9}, "rows": rows[:2]}}) == ""
 
 
+@pytest.mark.parametrize(
+    ("about", "said"),
+    [
+        ({}, "0.500 b"),
+        ({"copies": 6}, "0.500 b, 6 copies, noise 0.2"),
+        ({"copies": 6, "noise": "found"}, "0.500 b, 6 copies, noise 0.63 found"),
+        ({"copies": 2, "noise": "found", "checkpoints": "models", "number": 5},
+         "0.500 b, 5 runs, 2 copies, noise 0.63 found"),
+    ],
+)  # fmt: skip
+def test_a_row_of_copies_tells_their_number_and_noise(about, said):
+    found = row("b", 0.5, **about) | {"noise": 0.63}
+    assert said in tables.summary({"t": {"ceilings": {"half": None}, "rows": [found]}})
+
+
 def test_a_damping_that_was_set_by_hand_is_not_our_best():
     rows = [row("a", 0.2), row("b", 0.9, damping="0.1")]
     assert tables.best(rows, "half", ours=True, several=False) is rows[0]

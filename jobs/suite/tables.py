@@ -34,12 +34,13 @@ by the same retrainings. LDS: linear datamodeling score, mean over queries, 95 %
 queries and subsets. *Halves*: random halves, averaged over seeds; *removal*: a few per cent left
 out of the very run that is attributed. The ceiling is the LDS of retraining itself.
 
-Seconds are from checkpoints to scores (indexing + answering) on one core of machines that did
-other work too: orders of magnitude, no benchmark (fashion_mlp, fashion_cnn and all rows with copies
-on a Zen 2, rotten_tomatoes on an Intel Xeon with AMX, the others on a Zen 5). Rows of two machines
-stand together where what both computed came out alike. A recipe finds in the store's cache what a
-row before it decomposed. Peak memory is that of the process. A row "not done in 3 minutes" ran into
-the limit of that call (`--limit`), and is tried again by one with a longer limit.
+Seconds are from checkpoints to scores (indexing + answering) on one core of machines that did other
+work too: orders of magnitude, no benchmark (fashion_mlp, fashion_cnn and rows of .2 noise on a Zen
+2, rotten_tomatoes and rows of found noise on an Intel Xeon with AMX, the others on a Zen 5). Rows
+of two machines stand together where what both computed came out alike. A recipe finds in the
+store's cache what a row before it decomposed. Peak memory is that of the process. A row "not done
+in 3 minutes" ran into the limit of that call (`--limit`), and is tried again by one with a longer
+limit.
 
 Damping is automatic unless a number stands there: the training schedule implies it, and EK-FAC
 takes a tenth of the mean eigenvalue (the heuristic of Grosse et al. 2023, which kronfluence has by
@@ -52,10 +53,11 @@ penbased, shakespeare and fashion_ddpm): so it is level with kronfluence's joint
 and its bias. What is left between the two on shakespeare is damping: it asks for less than others.
 A row marked *earlier* is of a recipe that has changed since.
 
-*copies*: `tda.smoothed`, scores averaged over copies of a trained model with noise of .2 of the
-median |weight|, chosen on digits_mlp, penbased, fashion_mlp and diamonds: .5 of it is better on the
-first three and on film reviews, and worse than none on diamonds. They are one model's, and take as
-many times the work. Other methods would gain by it too; the peers were run as they are.
+*copies*: `tda.smoothed`, scores averaged over copies of a trained model with noise on its weights:
+.2 of the median |weight|, or what `tda.find_noise` found on the training set (it sees no
+retraining; its one number, and the .2, were chosen on digits_mlp, penbased, fashion_mlp and
+diamonds). They are one model's, and take as many times the work. Other methods would gain by it
+too; the peers were run as they are.
 
 *layers = learned*: with `run.learn_layer_weights`, whose two numbers were chosen on digits_mlp and
 rotten_tomatoes: the other tasks judge it. *metric = adam*: gradients in the metric of Adam's steps.
