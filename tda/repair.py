@@ -28,6 +28,7 @@ from tda.store.manifest import (
     bases_by_checkpoint,
     bases_digest,
     bases_files,
+    has_table,
 )
 from tda.store.marks import chunk_mark
 from tda.upkeep import verify
@@ -82,9 +83,10 @@ def repair(
         _table(run, TRAIN, dataset, batch_size, progress, computed)
     if _named(damaged, CURVATURE):
         count = run.store.manifest["data"][CURVATURE]["num_rows"]
-        missing = _missing(run, CURVATURE)
+        missing, is_gone = _missing(run, CURVATURE), not has_table(run.path, CURVATURE)
         run.add_curvature(dataset, num_rows=count, batch_size=batch_size, progress=progress)
-        computed += [(CURVATURE, *place) for place in missing]
+        places = Table(run.path, CURVATURE).places() if is_gone else missing
+        computed += [(CURVATURE, *place) for place in places]
     for name, data in (queries or {}).items():
         if _named(damaged, f"{QUERIES}/{name}"):
             _table(run, f"{QUERIES}/{name}", data, batch_size, progress, computed)

@@ -15,7 +15,7 @@ from tda.bases import read_bases
 from tda.batch_size import BatchSize
 from tda.curvature.table import curvature_filler, plan_curvature
 from tda.data import Dataset, Examples, as_dataset, describe
-from tda.errors import StoreError, TaskError
+from tda.errors import MismatchError, StoreError, TaskError
 from tda.featurizer import Featurizer, filler
 from tda.filling import Filling
 from tda.layout import is_sharded
@@ -269,4 +269,13 @@ class Run:
         except StoreError:  # nothing is planned yet
             train = None
         hidden = self.featurizer().probe(data).hidden if train is None else train.hidden
-        return self.store.plan(name, examples, hidden)
+        table = self.store.plan(name, examples, hidden)
+        if self.task is not None and len(self.task.checkpoints) != table.num_checkpoints:
+            raise MismatchError(
+                "the run has other checkpoints than the task it was opened with",
+                where=self.path,
+                found=f"{len(self.task.checkpoints)} checkpoints in the task",
+                wanted=f"{table.num_checkpoints}, as many as the run has by now",
+                do="open it anew: tda.open(path, task=task) with the task it was indexed with last",
+            )
+        return table

@@ -107,6 +107,27 @@ def test_other_data_are_not_taken_for_changed_ones(run):
     assert without_cache(run.path) == before
 
 
+def test_what_others_did_since_a_run_was_opened_is_kept(made, tmp_path):
+    shutil.copytree(made, tmp_path / "run")
+    early, other = (tda.open(tmp_path / "run", task=make_task()) for _ in range(2))
+    other.delete(["e2", "e9"])
+    relabel(early, data(relabelled=7))
+    assert early.deleted.tolist() == tda.open(early.path).deleted.tolist() == ["e2", "e9"]
+    bare = tda.index(make_task(), data(), tmp_path / "bare", chunk_rows=CHUNK, proj_dim=16)
+    tda.open(bare.path, task=make_task()).add_curvature(data(), num_rows=3 * N)
+    relabel(bare, data(relabelled=7))
+    assert tda.open(bare.path).store.manifest["data"].keys() == {"train", "curvature"}
+
+
+def test_a_run_that_has_grown_elsewhere_asks_to_be_opened_anew(tmp_path):
+    task = make_task()
+    fewer = tda.Task(task.model, checkpoints=task.checkpoints[:1])
+    early = tda.index(fewer, data(), tmp_path / "run", proj_dim=16, progress=False)
+    tda.index(task, data(), tmp_path / "run", proj_dim=16, progress=False)
+    with pytest.raises(MismatchError, match="2, as many as the run has by now"):
+        early.add_queries(asked(), "q")
+
+
 # ---- compact
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tda.training.schedule import implied_damping, learning_rate_sums
+from tda.training.schedule import by_training, implied_damping, learning_rate_sums
 
 
 def record(step: int | None = None, rate: float | None = None, **known: Any) -> dict[str, Any]:
@@ -95,3 +95,19 @@ def test_the_implied_inverse_is_what_gradient_descent_did(momentum: float, decay
     assert ratio[-1] == pytest.approx(1.0, abs=0.02)
     if not decay:
         assert ratio[0] == pytest.approx(1.0, abs=0.02)
+
+
+def weights(digest: str, step: int | None, noise_of: str | None = None) -> dict[str, Any]:
+    known = {} if noise_of is None else {"noise_of": noise_of}
+    return {**record(step), "digest": digest, **known}
+
+
+def test_copies_are_of_the_training_of_all_they_were_copied_from():
+    """Of two trainings from one initialisation, and of a model beside its own copies."""
+    two = [weights("init", 1), weights("a", 10), weights("init", 1), weights("b", 10)]
+    assert by_training(two) == [[0, 1], [2, 3]]
+    copied = [weights(f"{c['digest']}{s}", c["step"], c["digest"]) for s in "+-" for c in two]
+    assert by_training(copied) == [[0, 1, 4, 5], [2, 3, 6, 7]]
+    beside = [weights("a", 10), weights("a+", 10, "a"), weights("a-", 10, "a"), weights("b", 10)]
+    assert by_training(beside) == [[0, 1, 2], [3]]
+    assert by_training([weights("a", None), weights("b", None)]) == [[0, 1]]

@@ -248,6 +248,26 @@ def test_where_the_least_noise_is_too_much_that_is_said():
         tda.find_noise(task, (x, targets))
 
 
+def test_examples_without_a_gradient_have_no_say():
+    model, (x, t), _ = regression()
+    task = tda.Task(model, measurement=half_square)
+    few = torch.cat([x, torch.zeros(30, FEATURES)]), torch.cat([t, torch.zeros(30)])
+    assert tda.find_noise(task, few, 0.8) == tda.find_noise(task, (x, t), 0.8) < LEVELS[-1]
+    with pytest.raises(TaskError, match="no example has a gradient"):
+        tda.find_noise(task, (few[0][20:], few[1][20:]))
+
+
+def test_of_a_pruned_model_the_weights_that_are_left_give_the_unit():
+    model = nn.Linear(200, 100)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    weights["weight"][torch.rand(100, 200, generator=torch.Generator().manual_seed(0)) < 0.7] = 0
+    left = torch.cat([value.flatten() for value in weights.values()]).abs()
+    moved = with_noise(weights, model, 0.5, seed=0)["weight"] - weights["weight"]
+    assert float(moved.std()) == pytest.approx(0.5 * float(left[left > 0].median()), rel=0.02)
+    with pytest.raises(TaskError, match="every weight is zero"):
+        with_noise({name: 0 * value for name, value in weights.items()}, model, 0.5, seed=0)
+
+
 @pytest.mark.parametrize("cosine", [0, 1, 1.5, float("nan"), "most"])
 def test_what_is_no_cosine_is_refused(cosine):
     model, train, _ = regression()

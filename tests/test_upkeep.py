@@ -89,6 +89,18 @@ def without_cache(path: Path) -> dict[str, bytes]:
 # ---- verify
 
 
+@pytest.mark.parametrize("gone", ["train", "curvature"])
+def test_a_table_that_is_gone_is_missed_and_computed_again(run, gone):
+    before = without_cache(run.path)
+    shutil.rmtree(run.path / gone)
+    (fault,) = verify(run.path)
+    assert (fault.path, fault.kind) == (f"{gone}/done/static.json", "missing")
+    assert "tda index" in fault.do
+    done = repair(run, data())
+    assert done.after == [] and {name for name, *_ in done.computed} == {gone}
+    assert without_cache(run.path) == before
+
+
 def test_a_changed_byte_in_any_file_is_found_and_named(run):
     """Tables, bases, manifest, ground truth and decisions: no file is unread."""
     dtype = ("bfloat16", "float32", "int8", "int4").index(run.store.manifest["dtype"])

@@ -100,6 +100,7 @@ class Store:
         One process plans. Raises MismatchError naming the first example that is another one.
         """
         name = check_table_name(table)
+        self.manifest = read_manifest(self.path)  # others may have deleted, added or grown since
         planned = plan_table(self.path, self.manifest, name, examples, hidden, dtype, changed)
         record = {"num_rows": len(examples), "digest": examples.digest()}
         data = self.manifest["data"]

@@ -52,7 +52,10 @@ class Fault:
 def find_faults(run: Place, manifest: Mapping[str, Any], withdraw: bool) -> list[Fault]:
     """Every fault of a run, sorted by path; see :meth:`tda.store.Store.verify`."""
     faults = [*_manifest_faults(run), *_bases_faults(run, manifest)]
-    for name in table_names(run):
+    there = table_names(run)
+    for name in sorted(manifest["data"].keys() - set(there)):
+        faults.append(Fault(f"{name}/{STATIC}", "missing", "the table is gone", redo(name)))
+    for name in there:
         faults += _table_faults(run, name, len(manifest["checkpoints"]), withdraw)
     return sorted(faults, key=lambda fault: (fault.path, fault.kind))
 

@@ -29,8 +29,8 @@ def learning_rate_sums(checkpoints: Sequence[Record]) -> list[float] | None:
 def by_training(checkpoints: Sequence[Record]) -> list[list[int]]:
     """The checkpoints of each training, by their places.
 
-    A step that does not grow begins another training; but copies of a checkpoint, with noise on its
-    weights, are of the same.
+    A step that does not grow begins another training; but copies of checkpoints, with noise on
+    their weights, are of the same.
     """
     steps = [checkpoint.get("step") for checkpoint in checkpoints]
     groups = [[0]]
@@ -40,9 +40,14 @@ def by_training(checkpoints: Sequence[Record]) -> list[list[int]]:
         else:
             groups[-1].append(index)
     merged: dict[Any, list[int]] = {}
-    for position, group in enumerate(groups):
-        merged.setdefault(checkpoints[group[0]].get("noise_of", position), []).extend(group)
+    for group in groups:
+        merged.setdefault(tuple(_source(checkpoints[index]) for index in group), []).extend(group)
     return list(merged.values())
+
+
+def _source(checkpoint: Record) -> Any:
+    """The digest of a checkpoint's weights before there was noise on them."""
+    return checkpoint.get("noise_of", checkpoint["digest"])
 
 
 def implied_damping(checkpoints: Sequence[Record], index: int) -> float | None:

@@ -87,11 +87,19 @@ def find_noise(task: Task, dataset: Any, cosine: float = COSINE) -> float:
         raise TaskError("this is no cosine", found=repr(cosine), wanted=f"0 < cosine < 1: {COSINE}")
     at = _gradients(task, as_dataset(dataset))
     clean = at(0)
+    felt = clean.norm(dim=1) > 0
+    if not felt.any():
+        raise TaskError(
+            "no example has a gradient",
+            found=f"zeros, of {len(clean)} examples",
+            do="check the measurement: its loss does not depend on the trained weights",
+        )
     low, high = -1, len(_LEVELS)  # what is kept, and what is too much
     while high - low > 1:
         middle = (low + high) // 2
-        kept = [_mean_cosine(at(1 + 2 * middle + side), clean) for side in (0, 1)]
-        low, high = (middle, high) if sum(kept) / 2 >= cosine else (low, middle)  # not where NaN
+        moved = torch.stack([at(1 + 2 * middle + side)[felt] for side in (0, 1)])
+        mean = F.cosine_similarity(moved, clean[felt], dim=-1).mean()
+        low, high = (middle, high) if mean >= cosine else (low, middle)  # NaN compares false
     if low < 0:
         raise TaskError(
             "the least noise turns the gradients round",
@@ -125,7 +133,3 @@ def _batches(task: Task, dataset: Dataset, size: int) -> Sequence[tuple[Batch, i
     drawn = np.random.default_rng(0).choice(len(dataset), count, replace=False)
     parts = [drawn[first : first + size] for first in range(0, count, size)]
     return [(collate([read(dataset, int(i)) for i in p], task.collate), len(p)) for p in parts]
-
-
-def _mean_cosine(a: Tensor, b: Tensor) -> float:
-    return float(F.cosine_similarity(a, b).mean())
