@@ -78,6 +78,33 @@ def test_density_ratio_of_categories_is_a_quotient_of_counts():
     np.testing.assert_allclose(ratio, np.where(old == "a", 2 / 3, 2), rtol=0.06)
 
 
+def test_shares_of_rare_categories_are_moved_exactly():
+    """v = Σ_k (p_target(k) − p_source(k)) · mean_source(ℓ | k), though none has 20 examples."""
+    rng = np.random.default_rng(0)
+    names = np.array(list("ABCDEF"))
+    counts = np.array([[15, 15, 12, 3, 3, 3], [3, 3, 3, 12, 15, 15]])
+    places = [np.repeat(np.arange(6), count) for count in counts]
+    old, new = (place / 5 + rng.normal(0, 0.05, len(place)) for place in places)
+    means = [old[places[0] == k].mean() for k in range(6)]
+    exact = (counts[1] - counts[0]) @ means / counts[0].sum()
+    columns = [{"source": names[place]} for place in places]
+    found = valuation.explain_shift(*columns, old, new, [SOURCE])
+    assert found.value[0] == pytest.approx(exact, abs=0.02)
+    assert found.effective[0] < 0.4
+
+
+def test_a_tail_of_rare_categories_costs_no_examples():
+    """Nothing moved: of 200 categories, those too rare to tell have the ratio of the tail."""
+    rng = np.random.default_rng(0)
+    shares = 1 / np.arange(1, 201)
+    old, new = rng.choice(200, (2, 2000), p=shares / shares.sum())
+    found = valuation.explain_shift(
+        {"source": old}, {"source": new}, old / 200, new / 200, [SOURCE]
+    )
+    assert found.effective[0] > 0.9
+    assert found.value[0] == pytest.approx(0, abs=found.observed_error)
+
+
 def test_worlds_that_do_not_overlap_are_not_judged():
     """Far apart, few source examples count once weighted, and ratios are cut: it says so."""
     found = explained((Mechanism(("x",)),), mean=5.0)

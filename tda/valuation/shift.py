@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -40,6 +41,7 @@ from tda.valuation.semivalues import coefficients
 
 FOLDS = 5
 WIDE = 40  # features; with their squares and products, 860
+RARE = 20  # examples of a category that a classifier sees; fewer tell little of its ratio
 ENOUGH = 0.1  # of the source examples must still count after weighting
 _Z = 1.959963984540054
 
@@ -204,10 +206,9 @@ def _default(categorical: list[int], features: np.ndarray) -> Any:
     Categories are one-hot. Of more than WIDE features, the squares and products are those of
     WIDE/2 principal components, besides all features themselves.
     """
-    codes = OneHotEncoder(sparse_output=False, min_frequency=20, handle_unknown="ignore")
     squares = PolynomialFeatures(2, include_bias=False)
     steps = [
-        make_column_transformer((codes, categorical), remainder="passthrough"),
+        _codes(categorical, features),
         StandardScaler(),
         squares,
         StandardScaler(),
@@ -217,6 +218,25 @@ def _default(categorical: list[int], features: np.ndarray) -> Any:
         leading = make_pipeline(PCA(WIDE // 2), squares)
         steps[2] = make_union(FunctionTransformer(), leading)
     return make_pipeline(*steps)
+
+
+def _codes(categorical: list[int], features: np.ndarray) -> Any:
+    """One-hot codes of categories; those of fewer than RARE examples are one category.
+
+    Where these hold most of the examples, it is all but the WIDE most frequent that are one.
+    """
+    one_hot = partial(OneHotEncoder, sparse_output=False, handle_unknown="ignore")
+    small = [index for index in categorical if _mostly_rare(features[:, index])]
+    return make_column_transformer(
+        (one_hot(min_frequency=RARE), [index for index in categorical if index not in small]),
+        (one_hot(max_categories=WIDE), small),
+        remainder="passthrough",
+    )
+
+
+def _mostly_rare(column: np.ndarray) -> bool:
+    seen = np.unique(column, return_counts=True)[1] * (1 - 1 / FOLDS)
+    return bool(seen[seen < RARE].sum() > seen.sum() / 2)
 
 
 def _features(pairs: Sequence[tuple[Any, Any]]) -> tuple[np.ndarray, list[int]]:
