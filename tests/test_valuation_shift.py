@@ -112,6 +112,23 @@ def test_worlds_that_do_not_overlap_are_not_judged():
     assert found.verdict.startswith("not reliable")
 
 
+@pytest.mark.parametrize("apart", [4, 8, 20])
+def test_what_lies_apart_is_not_covered(apart):
+    """E_source[w] is p_target of where the source lies, about 0, though weights are all alike."""
+    rng = np.random.default_rng(0)
+    old, new = rng.normal(size=500), apart + rng.normal(size=500)
+    found = valuation.explain_shift({"x": old}, {"x": new}, old, new, [Mechanism(("x",))])
+    assert found.effective[0] == found.effective_all < 0.1
+    assert found.verdict.startswith("not reliable")
+
+
+def test_other_categories_are_not_covered():
+    old, new = np.repeat("a", 300), np.repeat("b", 300)
+    metric = np.random.default_rng(0).normal(size=300)
+    found = valuation.explain_shift({"source": old}, {"source": new}, metric, 1 + metric, [SOURCE])
+    assert found.verdict.startswith("not reliable")
+
+
 def test_effective_share_is_kishs():
     """(E w)²/E w² of exp(δx − δ²/2) is exp(−δ²); δ = ½ gives .78."""
     found = explained((Mechanism(("x",)),), mean=0.5)

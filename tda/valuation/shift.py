@@ -65,8 +65,9 @@ class Shift:
     taken as known). observed: the difference, observed_error its standard error; explained: v(all);
     unexplained: the rest.
     effective ``[mechanism]``: share of the source examples that still count once weighted for this
-    mechanism alone, (Σw)²/(n Σw²) (Kish 1965), before ratios are cut; effective_all: for all of
-    them. clipped: share of source examples whose ratio was cut.
+    mechanism alone, (Σw)²/(n Σw²) (Kish 1965) · min(1, Σw/n), before ratios are cut; the latter is
+    the share of the target that they cover, as E_source[w] = 1 where they cover all of it.
+    effective_all: for all mechanisms. clipped: share of source examples whose ratio was cut.
     """
 
     mechanisms: tuple[str, ...]
@@ -150,14 +151,14 @@ def explain_shift(
     raw = np.stack([ratio((*m.of, *m.given)) / ratio(m.given) for m in mechanisms])
     moved = np.clip(raw, 1 / clip, clip)
     weights = _coalition_weights(moved)
+    weights = weights / weights.mean(1, keepdims=True)
     means = weights @ old / len(old)
     shares = coefficients(len(mechanisms))
     value = shares @ (means - old.mean())
     # v is linear in the weights, which are normalised: each example's part of v(S) is w(ℓ − v(S)).
     scattered = shares @ (weights * (old[None] - means[:, None]))
     error = scattered.std(1, ddof=1) / np.sqrt(len(old))
-    uncut = _coalition_weights(raw)
-    kept = 1 / (uncut**2).mean(1)
+    kept = _effective(_coalition_weights(raw))
     return Shift(
         mechanisms=tuple(str(m) for m in mechanisms),
         value=value,
@@ -182,11 +183,17 @@ def density_ratio(source: Any, target: Any, classifier: Any = None, seed: int = 
 
 
 def _coalition_weights(moved: np.ndarray) -> np.ndarray:
-    """w_S of every coalition ``[2^mechanism, example]``, each of mean 1."""
+    """w_S of every coalition ``[2^mechanism, example]``, of mean 1 only where they overlap."""
     weights = np.ones((1, moved.shape[1]))
     for row in moved:
         weights = np.concatenate([weights, weights * row])
-    return weights / weights.mean(1, keepdims=True)
+    return weights
+
+
+def _effective(weights: np.ndarray) -> np.ndarray:
+    """(E w)²/E w² · min(1, E w) of every row: weights all alike and tiny count for nothing."""
+    mean = weights.mean(1)
+    return mean**2 / (weights**2).mean(1) * np.minimum(1, mean)
 
 
 def _ratio(pairs: Sequence[tuple[Any, Any]], classifier: Any, seed: int) -> np.ndarray:
