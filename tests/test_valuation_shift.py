@@ -181,4 +181,9 @@ def test_mechanisms_that_make_no_sense_are_refused():
         valuation.explain_shift(data, data, wrong(data), wrong(data), [INPUT, Mechanism(("x",))])
     with pytest.raises(DataError, match="cannot be used"):
         valuation.explain_shift(data, data, wrong(data) * np.nan, wrong(data), [INPUT])
+    for absent in (np.nan, np.inf):
+        holed = {**data, "x": np.where(np.arange(50)[:, None] == 7, absent, data["x"])}
+        with pytest.raises(DataError, match="'x' of the target is not finite") as raised:
+            valuation.explain_shift(data, holed, wrong(data), wrong(data), [INPUT])
+        assert raised.value.where == "example 7"
     assert str(LABEL) == "P(y | x, source)"

@@ -135,7 +135,8 @@ def explain_shift(
     takes the columns side by side, categories as whole numbers; by default a quadratic logistic
     regression on one-hot codes. clip: a ratio is cut to [1/clip, clip].
 
-    Raises DataError where a mechanism names an unknown column, or lengths differ.
+    Raises DataError where a mechanism names an unknown column, lengths differ, or a quantity is not
+    finite.
     """
     old, new = np.asarray(source_metric, np.float64), np.asarray(target_metric, np.float64)
     columns = sorted({name for m in mechanisms for name in (*m.of, *m.given)})
@@ -278,6 +279,7 @@ def _check(
                     found=f"{len(data[name])} examples" if name in data else "no such column",
                     wanted=f"{len(metric)} examples",
                 )
+            _require_finite(name, where, np.asarray(data[name]))
         if metric.ndim != 1 or len(metric) < 2 * FOLDS or not np.isfinite(metric).all():
             raise DataError(
                 f"the metric of the {where} cannot be used",
@@ -292,3 +294,16 @@ def _check(
             found=f"{twice[0]!r} is drawn by two of them" if twice else "none",
             wanted="each column drawn by at most one mechanism, one or more of them",
         )
+
+
+def _require_finite(name: str, where: str, column: np.ndarray) -> None:
+    if column.dtype.kind not in "fc" or np.isfinite(column).all():
+        return
+    missing = ~np.isfinite(column).reshape(len(column), -1).all(1)
+    raise DataError(
+        f"column {name!r} of the {where} is not finite",
+        where=f"example {int(np.argmax(missing))}",
+        found=f"NaN or infinity in {int(missing.sum())} of {len(column)} examples",
+        wanted="finite numbers, or strings for categories",
+        do="leave these examples out, or fill them in",
+    )
