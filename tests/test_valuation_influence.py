@@ -173,6 +173,23 @@ def test_trainings_are_the_replicates_where_steps_begin_again(tmp_path):
     assert "one training" in alone.verdict and "one training" not in found.verdict
 
 
+@pytest.mark.parametrize("steps", [(1, 2, 3, 4, 5, 1), (1, 1, 2, 3, 1, 2)])
+def test_a_training_counts_once_however_many_its_checkpoints(tmp_path, steps):
+    """A replicate is the mean over its training's own checkpoints; the parts are of their mean."""
+    sketched = {"kind": "count_sketch", "dim": 32, "seed": 0}
+    run = run_of(tmp_path, steps, sketched, dim=32)
+    found = valuation.values(run, "q", "grad_dot")
+    alone = run_of(tmp_path / "b", range(6), sketched, dim=32)
+    own = valuation.values(alone, "q", "grad_dot").replicates
+    first = [c for c, step in enumerate(steps) if step == 1]
+    means = [group.mean(0) for group in np.split(own, first[1:])]
+    np.testing.assert_allclose(found.replicates, means, atol=1e-12)
+    np.testing.assert_allclose(found.parts.sum(0), found.value, atol=1e-12)
+    some = np.array([39, 0, 7])
+    parts = projection_parts(run, "q", tda.RECIPES["grad_dot"], some)
+    np.testing.assert_allclose(parts, found.parts[:, 0, some], atol=1e-12)
+
+
 def test_a_sum_along_one_training_has_no_replicates(tmp_path):
     """TracIn's terms are parts of one path, not repetitions: it says so instead of guessing."""
     found = valuation.values(run_of(tmp_path), "q", "tracin")

@@ -3,8 +3,10 @@
     value[i] = Σ_{q in slice} score[q, i]           additive: slices add up to the whole
 
 in the unit of the recipe's score; for `influence`, the predicted rise of the slice's total loss if
-the example were left out. > 0: it helps. The queries of a slice are summed before the rows are
-read, so it costs one product with the training rows however many queries there are.
+the example were left out. > 0: it helps. Trainings count alike: of unlike numbers of checkpoints,
+a mean over all checkpoints is taken as the mean over trainings of their own means. The queries of a
+slice are summed before the rows are read, so it costs one product with the training rows however
+many queries there are.
 """
 
 from __future__ import annotations
@@ -161,7 +163,9 @@ def _one_run(run: Run, queries: Any, recipe: Recipe, by: Any, metric: str | None
     table = run.store.table(f"queries/{name}")
     slices, member = _slices(table, by)
     prepared = scorer.prepare(run.store, recipe, table)
-    weights = query_weights(table, recipe, metric)
+    weights = _balance(run, recipe)
+    if (of_metric := query_weights(table, recipe, metric)) is not None:
+        weights = weights * of_metric
     terms, parts = _terms(prepared, member, num_parts(run.store.manifest, recipe), weights)
     groups, independent = trainings(run.store.manifest["checkpoints"], recipe)
     # Each training is a replicate of the whole: the mean of replicates is the sum of all terms.
@@ -195,14 +199,27 @@ def _slices(table: Any, by: Any) -> tuple[tuple[str, ...], np.ndarray]:
     return tuple(str(name) for name in names), member
 
 
+def _balance(run: Run, recipe: Recipe) -> np.ndarray:
+    """C/(G·C_g) ``[C, 1]`` of the C_g checkpoints of each of G trainings: w_c = 1/(G·C_g).
+
+    1 where the recipe is no mean over checkpoints.
+    """
+    groups, _ = trainings(run.store.manifest["checkpoints"], recipe)
+    count = sum(map(len, groups))
+    factors = np.ones((count, 1))
+    if recipe.checkpoint_weight == "mean" and recipe.function != "unrolled":
+        for group in groups:
+            factors[group] = count / (len(groups) * len(group))
+    return factors
+
+
 def _terms(
-    prepared: scorer.Prepared, member: np.ndarray, num_parts: int, weights: np.ndarray | None
+    prepared: scorer.Prepared, member: np.ndarray, num_parts: int, weights: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """What each checkpoint ``[C, slice, train]`` and each part of the projection contributes.
 
-    Part b holds the dimensions b, b + B, b + 2B, … weights: of the queries ``[C, query]``.
+    Part b holds the dimensions b, b + B, b + 2B, … weights: of the queries ``[C, query or 1]``.
     """
-    weights = np.ones((len(prepared.queries), 1)) if weights is None else weights
     summed = [
         torch.from_numpy(member * w) @ q.double()
         for w, q in zip(weights, prepared.queries, strict=True)
@@ -238,7 +255,9 @@ def projection_parts(
         return None
     prepared = scorer.prepare(run.store, recipe, run.store.table(f"queries/{queries}"))
     parts = np.zeros((pieces, len(examples)))
+    balance = _balance(run, recipe)[:, 0]
     for c, (q, r) in enumerate(zip(prepared.queries, prepared.row_weights, strict=True)):
         rows = prepared.train.gather(c, examples).double() * r[examples, None]
-        parts += (_cut(q.double().sum(0)[None], pieces) @ _cut(rows, pieces).mT)[:, 0].numpy()
+        summed = balance[c] * q.double().sum(0)[None]
+        parts += (_cut(summed, pieces) @ _cut(rows, pieces).mT)[:, 0].numpy()
     return parts
