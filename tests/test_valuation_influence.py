@@ -32,13 +32,14 @@ def run_of(path: Path, steps=(1, 2), projection=None, **shape) -> Run:
     for record, step in zip(store.manifest["checkpoints"], steps, strict=True):
         record["step"] = step
     store.manifest["projection"] = projection or {"kind": "identity", "dim": 12}
-    return Run(store)  # type: ignore[arg-type]
+    asked = np.zeros((store.queries.num_rows, 16))
+    return with_queries(Run(store), digest=asked)  # type: ignore[arg-type]
 
 
-def with_labels(run: Run, labels: np.ndarray) -> Run:
+def with_queries(run: Run, **columns: np.ndarray) -> Run:
     table = run.store.table("queries/q")
-    labelled = replace(table, columns={**table.columns, "label": labels})
-    return Run(replace(run.store, tables={**run.store.tables, "queries/q": labelled}))
+    told = replace(table, columns={**table.columns, **columns})
+    return Run(replace(run.store, tables={**run.store.tables, "queries/q": told}))
 
 
 # ---- significance
@@ -140,7 +141,7 @@ def test_value_is_the_sum_of_scores_over_queries(tmp_path, recipe):
 def test_slices_add_up_to_the_whole(tmp_path):
     """Additive over queries, by a column of the query set, by names, and by a Python slice."""
     labels = np.array([1, 0, 1, 2, 0, 1])
-    run = with_labels(run_of(tmp_path), labels)
+    run = with_queries(run_of(tmp_path), label=labels)
     whole, by_label = valuation.values(run, "q"), valuation.values(run, "q", by="label")
     assert by_label.slices == ("0.0", "1.0", "2.0") and by_label.num_queries.tolist() == [2, 3, 1]
     np.testing.assert_allclose(by_label.value.sum(0), whole.value[0], atol=1e-12)
@@ -205,6 +206,24 @@ def test_runs_are_independent_replicates(tmp_path):
     assert found.independent and "3 of them" in found.covers
     with pytest.raises(MismatchError, match="not of the same training examples"):
         valuation.values([runs[0], run_of(tmp_path / "x", num_train=39)], "q")
+
+
+def test_runs_of_other_queries_are_not_averaged(tmp_path):
+    """One name, but other contents, another number, or other slices: a sum over other queries."""
+    labels = np.array([1, 0, 1, 2, 0, 0])
+    first = with_queries(run_of(tmp_path / "a"), label=labels)
+    for other in (
+        with_queries(run_of(tmp_path / "b"), digest=np.eye(6, 16)),
+        run_of(tmp_path / "b", num_queries=5),
+    ):
+        with pytest.raises(MismatchError, match="'q' is not the same") as raised:
+            valuation.values([first, other], "q")
+        assert str(tmp_path / "b") in raised.value.where
+    turned = with_queries(run_of(tmp_path / "b"), label=labels[::-1])
+    assert len(valuation.values([first, turned], "q").replicates) == 2
+    with pytest.raises(MismatchError, match="not sliced alike") as raised:
+        valuation.values([first, turned], "q", by="label")
+    assert raised.value.found == "query 0 in slice '0.0'"
 
 
 def test_true_effects_are_found_and_others_are_not(tmp_path, rng):

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from tda import scorer
+from tda.data import Examples
 from tda.errors import DataError, MismatchError
 from tda.recipe import Recipe
 from tda.run import Run
@@ -129,8 +130,8 @@ def values(
 
     For a sketched run and a recipe without curvature, parts of the projection measure its error
     (for the count sketch on the wide side: its parts also share out the parameters).
-    Raises MismatchError where runs hold other training examples, DataError for names that do not
-    match the queries.
+    Raises MismatchError where runs hold other training examples, or under the name other queries or
+    slices of them, DataError for names that do not match the queries.
     """
     given = [runs] if isinstance(runs, Run) else list(runs)
     if not given or any(not np.array_equal(run.ids, given[0].ids) for run in given):
@@ -141,7 +142,10 @@ def values(
         )
     measurement = given[0].store.manifest.get("measurement", {"name": "loss"})
     chosen = for_metric(given[0].recipe(recipe), metric, measurement)
-    found = [_one_run(run, queries, chosen, by, metric) for run in given]
+    asked = [_asked(run, queries, by) for run in given]
+    _require_same(given, asked)
+    pairs = zip(given, asked, strict=True)
+    found = [_one_run(run, one, chosen, metric) for run, one in pairs]
     if len(found) == 1:
         return found[0]
     first, seeds = found[0], {run.store.manifest["projection"].get("seed") for run in given}
@@ -158,10 +162,58 @@ def values(
     )
 
 
-def _one_run(run: Run, queries: Any, recipe: Recipe, by: Any, metric: str | None) -> Values:
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """A query set of one run; member: indicator ``[slice, query]`` of its slices."""
+
+    name: str
+    table: Any
+    slices: tuple[str, ...]
+    member: np.ndarray
+
+    @cached_property
+    def digest(self) -> str:
+        return Examples(self.table.column("id"), self.table.column("digest")).digest()
+
+    @property
+    def slice_of(self) -> np.ndarray:
+        """The name of every query's slice ``[query]``."""
+        return np.array(self.slices)[self.member.argmax(0)]
+
+
+def _asked(run: Run, queries: Any, by: Any) -> _Asked:
     name = queries if isinstance(queries, str) else run.add_queries(queries)
     table = run.store.table(f"queries/{name}")
-    slices, member = _slices(table, by)
+    return _Asked(name, table, *_slices(table, by))
+
+
+def _require_same(runs: Sequence[Run], asked: Sequence[_Asked]) -> None:
+    """Raises MismatchError unless every run holds the queries and the slices of the first."""
+    first = asked[0]
+    for run, other in zip(runs[1:], asked[1:], strict=True):
+        places = f"{runs[0].path}, {run.path}"
+        if other.digest != first.digest:
+            raise MismatchError(
+                f"query set {first.name!r} is not the same in these runs",
+                where=places,
+                found=f"{other.table.num_rows} queries, {other.digest}",
+                wanted=f"{first.table.num_rows} queries, {first.digest}",
+                do="give the queries themselves in place of the name, or store them in every run",
+            )
+        differs = other.slice_of != first.slice_of
+        if differs.any():
+            index = int(np.argmax(differs))
+            raise MismatchError(
+                f"query set {first.name!r} is not sliced alike in these runs",
+                where=places,
+                found=f"query {index} in slice {str(other.slice_of[index])!r}",
+                wanted=f"in slice {str(first.slice_of[index])!r}",
+                do="give one name a query as `by`",
+            )
+
+
+def _one_run(run: Run, asked: _Asked, recipe: Recipe, metric: str | None) -> Values:
+    table, slices, member = asked.table, asked.slices, asked.member
     prepared = scorer.prepare(run.store, recipe, table)
     weights = _balance(run, recipe)
     if (of_metric := query_weights(table, recipe, metric)) is not None:
