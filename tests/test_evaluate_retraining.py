@@ -346,6 +346,57 @@ def test_networks_with_buffers_are_refused(regression):
         train(np.arange(10), 0)
 
 
+class Tied(nn.Module):
+    """Wᵀ tanh(W V x), V fixed and of each network's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.fixed = nn.Linear(8, WIDTH, bias=False), nn.Linear(WIDTH, 8)
+        self.last = nn.Linear(8, WIDTH, bias=False)
+        self.last.weight = self.first.weight
+        self.fixed.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.first(self.fixed(x)).tanh() @ self.last.weight
+
+
+@pytest.mark.parametrize("keep_order", [False, True])
+def test_what_is_tied_stays_tied_and_what_is_fixed_stays_as_it_was_made(regression, keep_order):
+    """As a replay trains the same, to the same weights."""
+    train = replace(ensemble(regression, keep_order=keep_order), model=Tied)
+    whole = np.arange(NUM_TRAIN)
+    for seed, found in enumerate(train.many([(whole, seed) for seed in range(3)])):
+        assert found.last.weight is found.first.weight
+        torch.testing.assert_close(found.fixed.state_dict(), train.fresh(seed).fixed.state_dict())
+        wanted = tda.Training.of(train, seed).run()
+        torch.testing.assert_close(found.state_dict(), wanted.state_dict(), rtol=1e-4, atol=1e-6)
+        assert not torch.allclose(found.first.weight, train.fresh(seed).first.weight, atol=1e-2)
+
+
+class Attending(nn.Module):
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.attend = nn.MultiheadAttention(WIDTH, 1, dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.attend(x[None], x[None], x[None])[0][0]
+
+
+def dropping(dropout: float) -> nn.Module:
+    return nn.Sequential(nn.Dropout(dropout), nn.Linear(WIDTH, 1))
+
+
+@pytest.mark.parametrize("make", [dropping, Attending])
+def test_dropout_is_refused_where_it_is_active(regression, make):
+    """Of one seed there would be another network each time."""
+    train = replace(ensemble(regression), model=lambda: make(0.5))
+    with pytest.raises(TaskError, match="random numbers"):
+        train(np.arange(10), 0)
+    for inactive in (lambda: make(0.0), lambda: make(0.5).eval()):
+        one, other = (replace(train, model=inactive)(np.arange(10), 0) for _ in range(2))
+        torch.testing.assert_close(one.state_dict(), other.state_dict(), rtol=0, atol=0)
+
+
 # ---- the command
 
 EVALUATE = """

@@ -7,7 +7,8 @@ has its own weights, subset and order of examples, and all take their steps toge
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,12 +21,15 @@ from tda.errors import TaskError
 from tda.evaluate.retrain import source_of
 from tda.replay.network import Loss, example_losses
 
+Weights = dict[str, Tensor]
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Ensemble:
     """A ``train`` for `ground_truth`: SGD as torch.optim's, for ``group`` networks at a time.
 
-    model: makes a freshly initialised network, without buffers (batch norm: train one by one).
+    model: makes a freshly initialised network, without buffers (batch norm: train one by one) and
+    without dropout. Parameters that require no gradient stay as it makes them.
     inputs, targets: tensors ``[train, ...]``. learning_rate: of a step, or ``step -> number``.
     loss: ``(output, target) -> mean over the batch``.
     The network of (subset, seed) starts as torch seeded with ``seed`` makes it and sees its subset
@@ -71,16 +75,18 @@ class Ensemble:
                 found=", ".join(buffers),
                 do="train them one by one: a function (subset, seed) -> model",
             )
-        weights = {name: values.detach() for name, values in stacked.items()}
+        weights = {name: value.detach() for name, value in stacked.items() if value.requires_grad}
+        fixed = {name: value for name, value in stacked.items() if name not in weights}
         whole = np.arange(len(self.inputs))
         seen = [(whole if self.keep_order else subset, seed) for subset, seed in given]
         order = torch.stack([self.order(*each) for each in seen], dim=1)
         kept = torch.zeros(len(given), len(whole))
         for row, (subset, _) in zip(kept, given, strict=True):
             row[torch.from_numpy(subset)] = 1
-        self._descend(models[0], weights, order, kept)
-        for i, model in enumerate(models):
-            model.load_state_dict({name: values[i] for name, values in weights.items()})
+        self._descend(models[0], weights, fixed, order, kept)
+        for i, model in enumerate(models):  # not strict: of a tied weight's names there is one
+            own = {name: values[i] for name, values in weights.items()}
+            model.load_state_dict(own, strict=False)
         return models
 
     def fresh(self, seed: int) -> nn.Module:
@@ -98,23 +104,41 @@ class Ensemble:
         return torch.from_numpy(subset)[taken]
 
     def _descend(
-        self, model: nn.Module, weights: dict[str, Tensor], order: Tensor, kept: Tensor
+        self, model: nn.Module, weights: Weights, fixed: Weights, order: Tensor, kept: Tensor
     ) -> None:
         """v ← βv + ∇ℓ + wd·θ ;  θ ← θ − ηv, in place, for all networks together."""
 
-        def loss(one: dict[str, Tensor], x: Tensor, y: Tensor, counted: Tensor) -> Tensor:
-            outputs = functional_call(model, one, (x,))
+        def loss(one: Weights, others: Weights, x: Tensor, y: Tensor, counted: Tensor) -> Tensor:
+            outputs = functional_call(model, one | others, (x,))
             if not self.keep_order:
                 return self.loss(outputs, y)
             return (counted * example_losses(self.loss, outputs, y)).mean()
 
-        gradients = vmap(grad(loss), randomness="different")
+        gradients = vmap(grad(loss), randomness="error")
         rate = self.learning_rate
         velocity = {name: torch.zeros_like(values) for name, values in weights.items()}
         for step, rows in enumerate(order):
             counted = kept.gather(1, rows)
-            slopes = gradients(weights, self.inputs[rows], self.targets[rows], counted)
+            with _seeded():
+                slopes = gradients(weights, fixed, self.inputs[rows], self.targets[rows], counted)
             for name, values in weights.items():
                 slope = slopes[name].add_(values, alpha=self.weight_decay)
                 velocity[name].mul_(self.momentum).add_(slope)
                 values.sub_(velocity[name], alpha=rate(step) if callable(rate) else rate)
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """Raises TaskError where a step draws random numbers: torch's, which no seed of ours tells."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "randomness error mode" not in str(error):
+            raise
+        raise TaskError(
+            "networks that draw random numbers cannot be trained together",
+            where="Ensemble.model",
+            found="dropout or other randomness in a step, which does not follow from the seed",
+            do="leave it out (dropout of 0, or in eval mode), or train them one by one: a function "
+            "(subset, seed) -> model",
+        ) from error
