@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from scipy.optimize import brentq
 from torch import Tensor
 
 import tda
@@ -183,6 +185,74 @@ def test_a_pilots_moments_are_those_of_the_formed_gradients(monkeypatch, name, l
         torch.testing.assert_close(pilot.left["w"], left, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(pilot.right["w"], right, rtol=1e-4, atol=1e-4)
         assert pilot.energy["w"] == pytest.approx(float(right.trace()), rel=1e-4)
+
+
+SIZES = {"wide": (40, 30), "head": (3, 20), "bias": (8, 1), "unused": (5, 4)}  # 1,288 numbers
+
+
+def pilot(**norms: float) -> Pilot:
+    """Of one example, whose gradient has these norms."""
+    found = Pilot()
+    for name, shape in SIZES.items():
+        grad = torch.randn(1, *shape)
+        found.add(name, [Dense(grad * (norms.get(name, 0.0) / grad.norm()))])
+    return found
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3, 40, 300, 1267, 1288, 5000])
+def test_bases_of_several_parameters_use_the_numbers_asked_for(dim):
+    """Never more; a block is a rectangle, so of each less than its longer side may be missing."""
+    found = pilot(wide=1.0, head=1.0, bias=2.0)
+    shares = found._shares(dim, SIZES)
+    assert sum(shares.values()) == min(dim, 1288)
+    bases = found.bases(SIZES, dim, None, False, 0)
+    counts = {name: len(left) * len(right) for name, (left, right) in bases.items()}
+    for name, share in shares.items():
+        assert share - max(SIZES[name]) < counts.get(name, 0) <= share <= np.prod(SIZES[name])
+    assert Projection("kronecker", dim).bind(SIZES, bases).dim == sum(counts.values()) > 0
+
+
+@pytest.mark.parametrize("dim", [40, 300])
+def test_what_a_parameter_cannot_take_goes_to_the_others_by_their_norms(dim):
+    """share_p = min(size_p, t·‖∇_p‖) with one t for all, to one number."""
+    norms = {"wide": 1.0, "head": 0.5, "bias": 2.0}
+    shares = pilot(**norms)._shares(dim, SIZES)
+
+    def given(t: float) -> float:
+        return sum(min(np.prod(SIZES[name]), t * norm) for name, norm in norms.items())
+
+    level = brentq(lambda t: given(t) - dim, 0, 1e4)
+    for name, share in shares.items():
+        assert abs(share - min(np.prod(SIZES[name]), level * norms.get(name, 0.0))) <= 1
+
+
+def test_a_parameter_without_a_share_has_no_block_and_keeps_its_norm(tmp_path):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3))
+    data: Any = torch.randn(20, 8), torch.arange(20) % 3
+    task = tda.Task(model, [model.state_dict()], measurement="cross_entropy")
+    options = {"projection": "kronecker", "dtype": "float32", "progress": False}
+    few = tda.index(task, data, tmp_path / "few", proj_dim=2, **options)
+    whole = tda.index(task, data, tmp_path / "whole", proj_dim=10**6, **options)
+    assert few.store.manifest["projection"]["dim"] == 2 == len(few.store.manifest["layers"])
+    assert whole.store.manifest["projection"]["dim"] == sum(p.numel() for p in model.parameters())
+    one, other = (run.store.table("train").column("grad_norm")[0] for run in (few, whole))
+    np.testing.assert_allclose(one, other, rtol=1e-5)
+
+
+def test_a_run_goes_on_in_the_numbers_it_has(tmp_path, monkeypatch):
+    """Of a kronecker projection its bases count, not how a version shares numbers out."""
+    data: Any = torch.randn(20, 8), torch.arange(20) % 3
+    task = tda.Task(torch.nn.Linear(8, 3), measurement="cross_entropy")
+    options = {"projection": "kronecker", "proj_dim": 20, "dtype": "float32", "progress": False}
+    with monkeypatch.context() as earlier:
+        earlier.setattr(Pilot, "_shares", lambda *given: {"weight": 9, "bias": 2})
+        tda.index(task, tuple(values[:12] for values in data), tmp_path / "run", **options)
+    run = tda.index(task, data, tmp_path / "run", **options)
+    assert run.store.manifest["projection"]["dim"] == 11 and len(run.ids) == 20
+    name = tda.open(tmp_path / "run", task).add_queries(data, "same")
+    one, other = (run.store.table(t).rows(0, 0, 20) for t in ("train", f"queries/{name}"))
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("decay", [0.5, 2.0], ids=["flat", "steep"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -50,6 +50,8 @@ class Kronecker:
     def add(self, buffer: Any, name: str, factors: list[Factor]) -> Tensor:
         if name in self.whole:
             return self.inner.add(buffer, name, factors)
+        if name not in self.bases:
+            return square_norm(factors)
         left, right = (basis.to(factors[0].device) for basis in self.bases[name])
         block = total([factor.compress(left, right) for factor in factors]).flatten(1)
         if isinstance(self.inner, Identity):
@@ -90,18 +92,32 @@ class Pilot:
     def bases(self, shapes: Shapes, dim: int, rank: int | None, random: bool, seed: int) -> Bases:
         """Bases with ``rank``² numbers a parameter; or, without a rank, ``dim`` shared out.
 
-        A parameter's share of ``dim`` is its share of the gradient norm.
+        A parameter's share of ``dim`` is its share of the gradient norm, and at most its size: what
+        it cannot take goes to the others. One whose share is nothing has no bases.
         """
         budgets = self._shares(dim, shapes) if rank is None else dict.fromkeys(shapes, rank**2)
         return {
             name: self._pair(name, shape, budgets[name], random, seed)
             for name, shape in shapes.items()
+            if budgets[name]
         }
 
     def _shares(self, dim: int, shapes: Shapes) -> dict[str, int]:
+        """min(dim, all sizes) numbers, by largest remainders."""
+        sizes = {name: rows * width for name, (rows, width) in shapes.items()}
         norms = {name: self.energy.get(name, 0.0) ** 0.5 for name in shapes}
-        whole = sum(norms.values()) or 1.0
-        return {name: max(1, int(dim * norm / whole)) for name, norm in norms.items()}
+        left, found, shares = dim, dict.fromkeys(shapes, 0), _divided(dim, norms)
+        while full := [name for name, share in shares.items() if share >= sizes[name]]:
+            for name in full:
+                found[name] = sizes[name]
+                left -= sizes[name]
+                del norms[name]
+            shares = _divided(left, norms)
+        found |= {name: int(share) for name, share in shares.items()}
+        by_rest = sorted(shares, key=lambda name: found[name] - shares[name])
+        for name in by_rest[: dim - sum(found.values())]:
+            found[name] += 1
+        return found
 
     def _pair(
         self, name: str, shape: tuple[int, int], budget: int, random: bool, seed: int
@@ -114,6 +130,12 @@ class Pilot:
             _basis(self.left.get(name), rows, left, random, seed, name + "/left"),
             _basis(self.right.get(name), width, right, random, seed, name + "/right"),
         )
+
+
+def _divided(number: int, norms: Mapping[str, float]) -> dict[str, float]:
+    """A number in proportion to norms; in equal parts where all are 0."""
+    whole = sum(norms.values())
+    return {n: number * norm / whole if whole else number / len(norms) for n, norm in norms.items()}
 
 
 def _left_moment(factors: list[Factor]) -> Tensor:
