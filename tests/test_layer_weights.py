@@ -11,14 +11,16 @@ import pytest
 import torch
 from memory_store import MemoryStore, make_store
 from scipy.optimize import minimize
+from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
 import tda
+from tda import scorer
 from tda.cli import app
 from tda.errors import RecipeError
 from tda.recipe import Recipe
 from tda.recipes import RECIPES
-from tda.scorer import layer_weights, prepare, scores
+from tda.scorer import layer_weights, prepare, scores, top_k
 from tda.scorer.layer_weights import learn_layer_weights
 
 LAYERS = {"first": slice(0, 3), "middle": slice(3, 7), "last": slice(7, 12)}
@@ -81,6 +83,33 @@ def test_the_layer_in_which_few_examples_agree_with_a_query_outweighs_noise(tmp_
     store.train.values[0, 16:, 7:] *= 0.1
     learned = dict(learn_layer_weights(store, RECIPES["grad_dot"], store.queries).layer_weights)
     assert learned["last"] > 1.5 > 0.75 > max(learned["first"], learned["middle"])
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers in a tensor that anything makes."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+        found = function(*args, **(kwargs or {}))
+        if isinstance(found, torch.Tensor):
+            self.numel = max(self.numel, found.numel())
+        return found
+
+
+def test_queries_come_in_tiles_that_change_nothing(tmp_path, monkeypatch):
+    """Of 40 queries and 300 rows nothing is made that is larger than a tile of 1,000 scores."""
+    store, recipe = make_store(tmp_path, num_train=300, num_queries=40), RECIPES["influence"]
+    prepared = prepare(store, recipe, store.queries)
+    best = top_k(prepared, 6).proponents.indices
+    whole = layer_weights._spread(prepared, list(LAYERS.values()), best)
+    monkeypatch.setattr(scorer, "TILE_SCORES", 1000)
+    monkeypatch.setattr(scorer, "DECODED_BYTES", 4000)
+    with Largest() as largest:
+        tiles = layer_weights._spread(prepared, list(LAYERS.values()), best)
+    assert largest.numel <= 1000
+    torch.testing.assert_close(tiles.gap, whole.gap)
+    torch.testing.assert_close(tiles.covariance, whole.covariance)
 
 
 def test_the_size_of_the_scores_does_not_matter(tmp_path):

@@ -25,7 +25,7 @@ from torch import Tensor
 from tda.errors import RecipeError
 from tda.recipe import Recipe
 from tda.recipe.requirements import layer_slices
-from tda.scorer import Prepared, prepare, stream, top_k
+from tda.scorer import Prepared, _query_tiles, prepare, stream, top_k
 
 if TYPE_CHECKING:
     from tda.store import Store, Table
@@ -77,20 +77,38 @@ class Spread:
 def _spread(prepared: Prepared, layers: Sequence[slice], best: np.ndarray) -> Spread:
     """best: S_q [m, s] as rows of the training set."""
     count, n = prepared.num_queries, prepared.train.num_rows
-    is_best = torch.zeros(count, n, dtype=torch.float64)
-    is_best.scatter_(1, torch.from_numpy(best.astype(np.int64)), 1.0)
+    pairs = _by_row(best)
     total, of_best = (torch.zeros(count, len(layers), dtype=torch.float64) for _ in range(2))
     squares = torch.zeros(count, len(layers), len(layers), dtype=torch.float64)
     for low, high, rows in stream(prepared.train, 0, n):
-        scores = _by_layer(prepared, layers, rows, low)
-        total += scores.sum(2)
-        of_best += torch.einsum("qlr,qr->ql", scores, is_best[:, low:high])
-        squares += scores @ scores.transpose(1, 2)
+        for first, some in _query_tiles(prepared, (high - low) * len(layers)):
+            last = first + some.num_queries
+            scores = _by_layer(some, layers, rows, low)
+            is_best = _is_best(pairs, range(first, last), range(low, high))
+            total[first:last] += scores.sum(2)
+            of_best[first:last] += torch.einsum("qlr,qr->ql", scores, is_best)
+            squares[first:last] += scores @ scores.transpose(1, 2)
     mean = total / n
     covariance = squares / n - mean[:, :, None] * mean[:, None, :]
     scale = covariance.diagonal(dim1=1, dim2=2).sum().clamp(min=torch.finfo(mean.dtype).tiny)
     size = (scale / count).sqrt()  # z has no unit: numbers near one, whatever that of the scores
     return Spread((of_best / best.shape[1] - mean) / size, covariance / size**2)
+
+
+def _by_row(best: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """All (i, q) with i ∈ S_q, the first row i first."""
+    order = best.argsort(axis=None)
+    return best.reshape(-1)[order], order // best.shape[1]
+
+
+def _is_best(pairs: tuple[np.ndarray, np.ndarray], queries: range, rows: range) -> Tensor:
+    """1 where i ∈ S_q, else 0, of a tile [m, r] float64; pairs: of `_by_row`."""
+    start, stop = np.searchsorted(pairs[0], (rows.start, rows.stop))
+    i, q = (part[start:stop] for part in pairs)
+    here = (q >= queries.start) & (q < queries.stop)
+    found = torch.zeros(len(queries), len(rows), dtype=torch.float64)
+    found.numpy()[q[here] - queries.start, i[here] - rows.start] = 1
+    return found
 
 
 def _by_layer(prepared: Prepared, layers: Sequence[slice], rows: list[Tensor], low: int) -> Tensor:
