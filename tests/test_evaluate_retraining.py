@@ -170,6 +170,34 @@ def test_tail_patch_of_a_linear_model_by_hand(regression):
         evaluate.tail_patch(task, regression.data, regression.queries, top[1:], 0.1)
 
 
+class Twice(nn.Module):
+    """⟨w, x⟩, w under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Linear(WIDTH, 1, bias=False)
+        self.same = nn.Linear(WIDTH, 1, bias=False)
+        self.same.weight = self.one.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.one(x) + self.same(x)) / 2
+
+
+def test_tail_patch_takes_weights_that_lack_a_tied_key_and_no_others(regression):
+    """As safetensors writes them; they count once, and are those of the checkpoint."""
+    plain = regression.train(np.arange(NUM_TRAIN), 0)
+    top = np.array([[1, 2, 3]] * NUM_QUERIES)
+
+    def found(model: nn.Module, *names: str) -> float:
+        task = tda.Task(model, [dict.fromkeys(names, plain.weight)], "squared_error")
+        return evaluate.tail_patch(task, regression.data, regression.queries, top, 0.1).value
+
+    wanted = found(plain, "weight")
+    assert found(Twice(), "same.weight") == pytest.approx(wanted, rel=1e-4)
+    with pytest.raises(TaskError, match="does not fit"):
+        found(Twice(), "same.weight", "other")
+
+
 # ---- kept and resumed
 
 

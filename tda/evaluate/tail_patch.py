@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from tda.data import as_dataset, collate, read
 from tda.errors import DataError
 from tda.evaluate.intervals import Estimate, over
 from tda.evaluate.retrain import Measure
+from tda.gradients import Gradients
 from tda.layout import require_whole
 from tda.task import Task
 
@@ -35,9 +35,9 @@ def tail_patch(
             wanted=f"[query, k] with {len(asked)} queries",
         )
     require_whole(task.model)
-    model = copy.deepcopy(task.model).eval().to(task.device)
-    model.load_state_dict(dict(task.weights(-1)))
-    weights = [p for p in model.parameters() if p.requires_grad]
+    own = Gradients(task.model, task.measurement, task.device, task.autocast)
+    own.load(task.weights(-1))
+    model, weights = own.model, [p.requires_grad_() for p in own.parameters.values()]
     before = [p.detach().clone() for p in weights]
     gains = []
     for query, indices in enumerate(np.asarray(proponents).tolist()):
