@@ -17,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 import tda
 from tda.errors import GradientError, TdaError
+from tda.gradients import Gradients
+from tda.measurements import as_measurement
 from tda.run import Run
 from tda.task import Task
 
@@ -159,6 +161,11 @@ STRANGE: dict[str, Callable[[], nn.Module]] = {
         mix=nn.MultiheadAttention(5, 1),
         one=linear(),
     ),
+    "position_first": lambda: Net(
+        lambda net, x: net.two(net.one(x.transpose(0, 1)).tanh().mean(0)),
+        one=linear(6),
+        two=linear(4, 6),
+    ),
     "embedding_bag": lambda: Net(
         lambda net, x: net.bag(x.abs().mul(2).long().clamp(max=6).flatten(1)),
         bag=nn.EmbeddingBag(7, 4, mode="mean"),
@@ -191,6 +198,21 @@ def test_a_strange_model_is_right_or_refused(
     assert naive.row_error(run.store.table("train").rows(0, 0, 12).numpy(), wanted) < TOLERANCE
 
 
+def test_a_lone_example_does_not_stand_for_a_batch(index_exactly: Callable) -> None:
+    """Of one example the tap separates what it cannot of several: these are audited for it."""
+    model, data = STRANGE["position_first"](), sequences()
+    wanted = naive.rows(model, model.state_dict(), data, problems.classified).df
+    path = index_exactly(classify(model), data).path
+    run = tda.open(path, classify(model))
+    run.add_queries(problems.Listed(data.examples[:1]), "one")
+    assert run.featurizer().audit.path == "tap"
+    run.add_queries(problems.Listed(data.examples[1:6]), "five", batch_size=5)
+    assert run.featurizer().audit.path == "vmap"
+    for name, span in {"one": slice(0, 1), "five": slice(1, 6)}.items():
+        found = run.store.table(f"queries/{name}").rows(0, 0, span.stop - span.start).numpy()
+        assert naive.row_error(found, wanted[span]) < TOLERANCE, name
+
+
 COUPLED: dict[str, Callable[[], nn.Module]] = {
     "batch_norm_without_statistics": lambda: nn.Sequential(
         nn.Flatten(), nn.BatchNorm1d(15, track_running_stats=False), nn.Linear(15, 4)
@@ -210,6 +232,15 @@ COUPLED: dict[str, Callable[[], nn.Module]] = {
 def test_a_model_that_mixes_examples_is_refused(name: str, index_exactly: Callable) -> None:
     with pytest.raises(GradientError):
         index_exactly(classify(COUPLED[name]()), sequences())
+
+
+@pytest.mark.parametrize("name", sorted(COUPLED.keys() - {"batch_norm_without_statistics"}))
+def test_a_model_that_mixes_examples_is_refused_after_a_lone_one(name: str) -> None:
+    gradients, (x, y) = Gradients(COUPLED[name](), as_measurement("cross_entropy")), (X[:4], Y[:4])
+    gradients((x[:1], y[:1]), 1, lambda name, factors: None)
+    for _ in range(2):  # no more the second time
+        with pytest.raises(GradientError, match="mixes the examples"):
+            gradients((x, y), 4, lambda name, factors: None)
 
 
 def test_bfloat16_autocast_loses_only_bfloat16(index_exactly: Callable) -> None:

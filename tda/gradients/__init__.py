@@ -7,7 +7,7 @@
     passes.py    these, as passes of one model under the same conditions
     sharded/     passes of a model that is spread over processes, told by one to the others
 
-`Gradients` ties them together and audits itself on the first batch it sees.
+`Gradients` ties them together and audits itself on the first batch of several that it sees.
 """
 
 from __future__ import annotations
@@ -119,6 +119,7 @@ class Gradients:
         self.measurement = measurement
         self.device = self._passes.device
         self.audited: Audit | None = None
+        self._lone = False  # whether the batch audited had one example, which mixes with none
         self._copied: frozenset[str] = frozenset()
 
     @property
@@ -160,8 +161,9 @@ class Gradients:
         """f ``[example]`` and the last hidden layer; ``consume(name, factors)`` a parameter.
 
         The first batch is audited: its first 3 to 8 examples, each alone under plain autograd, must
-        have the gradients found here, else the exact path takes over. Raises GradientError where
-        the examples of a batch are not independent.
+        have the gradients found here, else the exact path takes over. One of a lone example shows
+        little, and the first of several is audited again. Raises GradientError where the examples
+        of a batch are not independent.
         """
         path = self._audited(batch, num_examples).path
         with _explained(batch, num_examples):
@@ -180,9 +182,11 @@ class Gradients:
             return *self._run(path, batch, num_examples, self._here(consume)), result()
 
     def _audited(self, batch: Any, num_examples: int) -> Audit:
+        if self._lone and num_examples > 1:
+            self.audited = None
         if self.audited is None:
             self._put_channels_last(batch)
-            self.audited = self._audit(batch, num_examples)
+            self.audited, self._lone = self._audit(batch, num_examples), num_examples == 1
             give_back()  # whole gradients, which nobody holds again
             fell_back = self.audited.path != "tap"
             log.log(logging.WARNING if fell_back else logging.INFO, "%s", self.audited)
