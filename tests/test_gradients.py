@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import tda
 from tda.errors import GradientError, TdaError
 from tda.gradients import Gradients
+from tda.gradients.factors import materialise
 from tda.measurements import as_measurement
 from tda.run import Run
 from tda.task import Task
@@ -211,6 +212,22 @@ def test_a_lone_example_does_not_stand_for_a_batch(index_exactly: Callable) -> N
     for name, span in {"one": slice(0, 1), "five": slice(1, 6)}.items():
         found = run.store.table(f"queries/{name}").rows(0, 0, span.stop - span.start).numpy()
         assert naive.row_error(found, wanted[span]) < TOLERANCE, name
+
+
+def test_an_example_without_a_gradient_is_audited_as_others_are() -> None:
+    """∇f = 0 exactly, where the tap takes it for that of another example."""
+
+    def run(net: Any, x: Tensor) -> Tensor:
+        return net.one(x.transpose(0, 1)).relu().sum(0)
+
+    model, measurement = Net(run, one=nn.Linear(5, 4)), as_measurement(lambda m, b: m(b[0]).sum(1))
+    nn.init.zeros_(model.one.bias)
+    nn.init.ones_(model.one.weight)
+    x = torch.stack([-torch.ones(2, 5), torch.ones(2, 5)])
+    gradients, found = Gradients(model, measurement), {}
+    gradients((x,), 2, lambda name, factors: found.update({name: materialise(factors)}))
+    assert gradients.audited.path == "vmap"
+    assert not found["one.weight"][0].any() and (found["one.weight"][1] == 2).all()
 
 
 COUPLED: dict[str, Callable[[], nn.Module]] = {

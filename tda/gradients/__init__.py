@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -303,7 +304,8 @@ class Gradients:
                 error = float((own - grad).norm())
                 # NaN compares false: a non-finite gradient is the featurizer's to report.
                 if error > tolerance * max(float(grad.norm()), 1e-3 * scale):
-                    faults.append(f"{name} is not separable by example (error {error / scale:.1e})")
+                    share = error / scale if scale else math.inf
+                    faults.append(f"{name} is not separable by example (error {share:.1e})")
 
         def consume(name: str, factors: list[Factor]) -> None:
             absent.discard(name)
