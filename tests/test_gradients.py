@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import tda
-from tda.errors import GradientError, TdaError
+from tda.errors import GradientError, TaskError, TdaError
 from tda.gradients import Gradients
 from tda.gradients.factors import materialise
 from tda.measurements import as_measurement
@@ -372,6 +372,28 @@ def test_a_gradient_that_is_not_finite_names_the_example(
     with pytest.raises(GradientError, match="row-7"):
         index_exactly(classify(model), problems.Listed(rows))
     assert state_of(model) == before
+
+
+class Keeps(nn.Module):
+    """Keeps an activation of its last pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.hidden = self.one(x.sum(1))
+        return self.hidden
+
+
+def test_a_model_that_keeps_an_activation_is_refused_by_its_name(index_exactly: Callable) -> None:
+    model = nn.Sequential(Keeps())
+    model(X)
+    with pytest.raises(TaskError, match=r"cannot be copied[^§]*0\.hidden[^§]*torch\.no_grad"):
+        index_exactly(classify(model), sequences())
+    with torch.no_grad():
+        model(X)
+    index_exactly(classify(model), sequences())
 
 
 def test_a_model_without_trainable_parameters_is_refused(index_exactly: Callable) -> None:
