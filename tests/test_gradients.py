@@ -374,6 +374,14 @@ def test_a_gradient_that_is_not_finite_names_the_example(
     assert state_of(model) == before
 
 
+def test_a_label_out_of_range_is_explained_of_pictures_too() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten())
+    measurement = as_measurement(lambda net, batch: net(batch[0])[torch.arange(3), batch[1]])
+    batch = torch.randn(3, 1, 3, 3), torch.tensor([0, 1, 4])
+    with pytest.raises(GradientError, match=r"fails on a batch[^§]*IndexError[^§]*int64 \[3\]"):
+        Gradients(model, measurement)(batch, 3, lambda name, factors: None)
+
+
 class Keeps(nn.Module):
     """Keeps an activation of its last pass."""
 

@@ -201,7 +201,8 @@ class Gradients:
         _lay_out(filters, torch.channels_last)  # activations follow the weights
         try:
             self.output(batch)
-        except RuntimeError:  # such as a view of what no longer lies in one piece
+        except (RuntimeError, ValueError, TypeError, IndexError):
+            # Such as a view of what no longer lies in one piece; the audit names other faults.
             _lay_out(filters, torch.contiguous_format)
 
     def _here(self, consume: Consume) -> Consume:
