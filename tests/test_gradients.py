@@ -382,6 +382,15 @@ def test_a_label_out_of_range_is_explained_of_pictures_too() -> None:
         Gradients(model, measurement)(batch, 3, lambda name, factors: None)
 
 
+def test_a_model_that_takes_one_example_only_is_explained(index_exactly: Callable) -> None:
+    def run(net: Any, x: Tensor) -> Tensor:
+        (row,) = x
+        return net.one(row.sum(0))[None]
+
+    with pytest.raises(GradientError, match=r"fails on a batch of \d+ examples[^§]*ValueError"):
+        index_exactly(classify(Net(run, one=linear())), sequences(), batch_size=4)
+
+
 class Keeps(nn.Module):
     """Keeps an activation of its last pass."""
 

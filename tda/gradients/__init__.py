@@ -253,7 +253,7 @@ class Gradients:
         outputs, wanted = self._alone(batch, num_examples)
         used = sum(p.numel() for n, p in self.parameters.items() if any(w[n].any() for w in wanted))
         covered = used / sum(p.numel() for p in self.parameters.values())
-        self._check_independence(batch, outputs)
+        self._check_independence(batch, num_examples, outputs)
         reason = ""
         for path in self._passes.paths[:-1]:
             try:
@@ -279,8 +279,9 @@ class Gradients:
             ]
         return torch.cat([output for output, _ in pairs]), [grads for _, grads in pairs]
 
-    def _check_independence(self, batch: Any, alone: Tensor) -> None:
-        together = self.output(batch)[: len(alone)].float()
+    def _check_independence(self, batch: Any, num_examples: int, alone: Tensor) -> None:
+        with _explained(batch, num_examples):
+            together = self.output(batch)[: len(alone)].float()
         scale = float(alone.float().abs().max().clamp(min=1e-3))
         error = float((together - alone.float()).abs().max()) / scale
         if error > 10 * self._tolerance:  # NaN compares false
