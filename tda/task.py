@@ -156,6 +156,20 @@ def digest_of(weights: Weights) -> str:
     return state.hexdigest()
 
 
+def _storage(value: Any) -> int:
+    """Where the memory begins that a tensor of torch's own is a part of, 0 without any."""
+    if type(value) not in (Tensor, nn.Parameter) or value.layout is not torch.strided:
+        return 0
+    return value.untyped_storage().data_ptr()
+
+
+def _place(value: Any) -> tuple[Any, ...]:
+    """Equal of tensors that are the same numbers in memory."""
+    if not _storage(value):
+        return (id(value),)
+    return value.device, value.data_ptr(), value.dtype, value.shape, value.stride()
+
+
 def _without_wrapper(weights: Weights, model: nn.Module) -> Weights:
     """Without what torch.compile and data-parallel training put before every name."""
     known = dict(model.named_parameters()).keys()
@@ -207,7 +221,8 @@ class Task:
     put in eval mode, and never changed. Of one within torch.compile, DataParallel or
     DistributedDataParallel it is the model inside, and so of their state dicts.
     checkpoints: state dicts, paths, or `Checkpoint` values, in the order of training; by default
-    the weights the model has now.
+    the weights the model has now. ``model.state_dict()`` is the model's own memory: of a training
+    it is kept by ``copy.deepcopy``.
     measurement: the name of one of `tda.MEASUREMENTS`, a `Measurement`, or any callable
     ``(model, batch) -> loss [example]``.
     collate: from a list of examples to a batch, for data that cannot be stacked as it is.
@@ -271,6 +286,7 @@ class Task:
         self.metric = metric
         if not self.checkpoints:
             raise TaskError("a task needs at least one checkpoint", found="an empty list")
+        self._require_points()
         if metric not in METRICS:
             raise TaskError(f"unknown metric {metric!r}", wanted=", ".join(METRICS))
         if metric != "euclidean":
@@ -330,6 +346,26 @@ class Task:
     def _where(self, index: int) -> str:
         name = self.checkpoints[index].name
         return f"checkpoint {index}" + (f" ({name})" if name else "")
+
+    def _require_points(self) -> None:
+        """Raises TaskError where two state dicts are the memory of one point of training."""
+        trained = [n for n, p in self.model.named_parameters() if p.requires_grad]
+        seen: dict[Any, tuple[int, Weights]] = {}
+        for index, checkpoint in enumerate(self.checkpoints):
+            if not isinstance(given := checkpoint.weights, dict):
+                continue
+            weights = _without_wrapper(given, self.model)
+            places = tuple(_place(weights[name]) for name in trained if name in weights)
+            point = places, checkpoint.noise, checkpoint.noise_seed
+            first, same = seen.setdefault(point, (index, given))
+            if places and same is not given:
+                raise TaskError(
+                    "two checkpoints are state dicts of the same memory: they hold the same "
+                    "weights, the last that were there",
+                    where=f"{self._where(first)} and {self._where(index)}",
+                    wanted="weights of different moments of training",
+                    do="keep copy.deepcopy(model.state_dict()) at each of them",
+                )
 
     def _require_optimizers(self) -> None:
         for index, checkpoint in enumerate(self.checkpoints):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,35 @@ def test_a_model_is_no_task(name: str, tmp_path: Path) -> None:
 def test_what_are_no_checkpoints(given: Any) -> None:
     with pytest.raises(TaskError, match=r"no checkpoints[^§]*state dicts"):
         tda.Task(MODEL, checkpoints=given)
+
+
+def test_checkpoints_that_are_all_the_last_weights() -> None:
+    """A state dict is the memory of its model: two hold one point, whatever is trained between."""
+    model, kept = nn.Linear(2, 3), []
+    for _ in range(2):
+        kept.append(model.state_dict())
+    for given in (kept, [tda.Checkpoint(one, learning_rate=0.1) for one in kept]):
+        with pytest.raises(TaskError, match=r"checkpoint 0 and checkpoint 1[^§]*copy\.deepcopy"):
+            tda.Task(model, given)
+    with pytest.raises(TaskError, match="same memory"):
+        tda.Task(model, tda.smoothed(kept, 2))
+
+
+def test_memory_that_checkpoints_may_share() -> None:
+    """One state dict with other noise, tied weights, a part that stays, and rows of one tensor."""
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    model[1].weight = model[0].weight
+    state, rows = model.state_dict(), torch.randn(2, 3, 3)
+    part = {"0.weight": state["0.weight"]}
+    apart = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    for net, given in (
+        (model, [state, copy.deepcopy(state)]),
+        (model, tda.smoothed(state, 4)),
+        (model, [*tda.smoothed(state, 2), tda.Checkpoint(model.state_dict())]),
+        (model, [{"0.weight": row, "1.weight": row} for row in rows]),
+        (apart, [{**part, "1.weight": row} for row in rows]),
+    ):
+        assert len(tda.Task(net, given).checkpoints) == len(given)
 
 
 def test_a_device_that_torch_does_not_know() -> None:

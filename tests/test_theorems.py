@@ -79,7 +79,8 @@ def test_an_inverse_that_does_not_exist_is_refused(recipe: str, indexed: Callabl
 def test_tracin_needs_learning_rates(score_once: Callable) -> None:
     """Σ_c η_c has no default: a checkpoint without one is named."""
     model = nn.Linear(5, 4)
-    saved = [tda.Checkpoint(model.state_dict(), learning_rate=0.1), model.state_dict()]
+    first, second = (nn.Linear(5, 4).state_dict() for _ in range(2))
+    saved = [tda.Checkpoint(first, learning_rate=0.1), second]
     data = (torch.randn(6, 5), torch.arange(6) % 4)
     with pytest.raises(RecipeError, match="checkpoint-1"):
         score_once(tda.Task(model, checkpoints=saved), data, data, "tracin")
