@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import pickle
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from tda.data import Collate
 from tda.errors import TaskError
 from tda.gradients.sharded.session import session_of
-from tda.layout import bare, class_of, is_sharded, require_numbers, require_whole
+from tda.layout import bare, class_of, is_sharded, is_spread, require_numbers, require_whole
 from tda.measurements import as_measurement
 from tda.training.noise import with_noise
 from tda.training.optimizer import OptimizerState, read_state
@@ -181,6 +182,31 @@ def _without_wrapper(weights: Weights, model: nn.Module) -> Weights:
     return weights
 
 
+def _apart(checkpoints: Iterable[Checkpoint], model: nn.Module) -> Iterator[Checkpoint]:
+    """With weights that stay as they are now, whatever becomes of the model; each copied once."""
+    live = {_storage(value) for value in (*model.parameters(), *model.buffers())} - {0}
+    copied: dict[int, Weights] = {}
+    for checkpoint in checkpoints:
+        given = checkpoint.weights
+        if isinstance(given, dict) and any(_storage(value) in live for value in given.values()):
+            if id(given) not in copied:
+                copied[id(given)] = _copied(given, live)
+            checkpoint = replace(checkpoint, weights=copied[id(given)])
+        yield checkpoint
+
+
+def _copied(weights: dict[str, Any], live: set[int]) -> Weights:
+    """With copies on the CPU of what lies in ``live`` storages; tied weights stay so."""
+    found, made = copy.copy(weights), {}
+    for name, value in weights.items():
+        if _storage(value) in live:
+            place = _place(value)
+            if place not in made:
+                made[place] = value.detach().to("cpu", copy=True)
+            found[name] = made[place]
+    return found
+
+
 def _as_checkpoint(given: Any, index: int) -> Checkpoint:
     if isinstance(given, Checkpoint):
         return given
@@ -222,7 +248,8 @@ class Task:
     DistributedDataParallel it is the model inside, and so of their state dicts.
     checkpoints: state dicts, paths, or `Checkpoint` values, in the order of training; by default
     the weights the model has now. ``model.state_dict()`` is the model's own memory: of a training
-    it is kept by ``copy.deepcopy``.
+    it is kept by ``copy.deepcopy``. Weights that share memory with the model are copied to the CPU,
+    unless it is spread or sharded: then it is not to be trained on while the task is in use.
     measurement: the name of one of `tda.MEASUREMENTS`, a `Measurement`, or any callable
     ``(model, batch) -> loss [example]``.
     collate: from a list of examples to a batch, for data that cannot be stacked as it is.
@@ -287,6 +314,8 @@ class Task:
         if not self.checkpoints:
             raise TaskError("a task needs at least one checkpoint", found="an empty list")
         self._require_points()
+        if not sharded and not is_spread(model):  # of these a copy may not fit
+            self.checkpoints = tuple(_apart(self.checkpoints, model))
         if metric not in METRICS:
             raise TaskError(f"unknown metric {metric!r}", wanted=", ".join(METRICS))
         if metric != "euclidean":

@@ -69,6 +69,27 @@ def test_memory_that_checkpoints_may_share() -> None:
         assert len(tda.Task(net, given).checkpoints) == len(given)
 
 
+@pytest.mark.parametrize("given", [False, True], ids=["by_default", "state_dict"])
+def test_a_task_keeps_the_weights_the_model_has_now(given: bool) -> None:
+    """Copied once, ties included; what shares nothing with the model is taken as it is."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3))
+    model[2].weight = model[0].weight
+    before, other = copy.deepcopy(model.state_dict()), copy.deepcopy(model.state_dict())
+    saved: Any = tda.smoothed([model.state_dict(), other], 2) if given else None
+    task = tda.Task(model, saved)
+    digests = [task.digest(index) for index in range(len(task.checkpoints))]
+    with torch.no_grad():
+        for value in model.state_dict().values():
+            value += 1
+    kept = [checkpoint.load() for checkpoint in task.checkpoints]
+    for name, value in before.items():
+        assert torch.equal(kept[0][name], value), name
+    assert kept[0]["0.weight"] is kept[0]["2.weight"]
+    assert digests == [task.digest(index) for index in range(len(task.checkpoints))]
+    if given:
+        assert kept[0] is kept[2] and kept[1] is kept[3] is other
+
+
 def test_a_device_that_torch_does_not_know() -> None:
     with pytest.raises(TaskError, match=r"no device 'gpu'[^§]*cuda"):
         tda.Task(MODEL, device="gpu")
