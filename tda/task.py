@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
+import operator
 import pickle
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -61,6 +62,12 @@ class Checkpoint:
     noise_seed: int = 0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str | None):
+            raise TaskError(
+                "the name of a checkpoint is no text", found=repr(self.name), wanted="a str"
+            )
+        if self.step is not None:
+            object.__setattr__(self, "step", _whole(self.step, self.name))
         if not isinstance(self.weights, Mapping | str | Path):
             raise TaskError(
                 "these are no weights",
@@ -105,6 +112,23 @@ class Checkpoint:
             do = "save it with torch.save(optimizer.state_dict(), path)"
             loaded = _read(Path(self.optimizer), "an optimizer's state", do)
         return _under(loaded, "optimizer", "optimizer_state_dict")
+
+
+def _whole(step: Any, name: str | None) -> int:
+    """A step as an int, of any kind that Python counts with. Raises TaskError."""
+    try:
+        truth = isinstance(step, bool) or getattr(step, "dtype", None) is torch.bool
+        number = -1 if truth else operator.index(step)
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise TaskError(
+            "step of a checkpoint is out of its range",
+            where=name,
+            found=repr(step),
+            wanted="a whole number ≥ 0, such as 10",
+        )
+    return number
 
 
 def _read(path: Path, what: str, do: str) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -67,6 +68,25 @@ def test_memory_that_checkpoints_may_share() -> None:
         (apart, [{**part, "1.weight": row} for row in rows]),
     ):
         assert len(tda.Task(net, given).checkpoints) == len(given)
+
+
+@pytest.mark.parametrize(
+    "step", [10.0, "10", -1, True, torch.tensor(True), torch.tensor(1.5)], ids=repr
+)
+def test_a_step_that_is_no_whole_number(step: Any) -> None:
+    with pytest.raises(TaskError, match=r"step[^§]*early[^§]*whole number ≥ 0"):
+        tda.Checkpoint(MODEL.state_dict(), step=step, name="early")
+
+
+@pytest.mark.parametrize("step", [10, np.int64(10), np.array(10), torch.tensor(10)], ids=repr)
+def test_a_step_is_kept_as_an_int(step: Any) -> None:
+    assert type(tda.Checkpoint(MODEL.state_dict(), step=step).step) is int
+
+
+def test_a_name_of_a_checkpoint_is_text() -> None:
+    name: Any = 3
+    with pytest.raises(TaskError, match=r"name of a checkpoint[^§]*3[^§]*str"):
+        tda.Checkpoint(MODEL.state_dict(), name=name)
 
 
 @pytest.mark.parametrize("given", [False, True], ids=["by_default", "state_dict"])
