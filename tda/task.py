@@ -100,7 +100,9 @@ class Checkpoint:
             return self.weights
         do = "save it with torch.save(model.state_dict(), path) or as safetensors"
         loaded = _read(Path(self.weights), "a checkpoint", do)
-        return _under(loaded, "model", "state_dict", "model_state_dict")
+        weights = _under(loaded, "model", "state_dict", "model_state_dict")
+        _require_tensors(weights, self.weights, do)
+        return weights
 
     def load_optimizer(self) -> Any:
         """The optimizer's state dict, None without one. Raises TaskError naming the file."""
@@ -153,6 +155,25 @@ def _read(path: Path, what: str, do: str) -> Any:
             wanted="a state dict of tensors (files that carry code are not loaded)",
             do=do,
         ) from error
+
+
+def _require_tensors(weights: Any, where: object, do: str) -> None:
+    """Raises TaskError for what is no state dict, by what it holds instead."""
+    if not isinstance(weights, Mapping):
+        found = type(weights).__name__
+    elif strange := {n: v for n, v in weights.items() if not isinstance(v, Tensor)}:
+        some = list(strange.items())[:5]
+        found = "a dict that holds " + ", ".join(f"{n!r}: {type(v).__name__}" for n, v in some)
+    else:
+        return
+    raise TaskError(
+        "these are no weights",
+        where=where,
+        found=found,
+        wanted="a state dict of tensors, as it is or under 'model', 'state_dict' or "
+        "'model_state_dict'",
+        do=do,
+    )
 
 
 def _under(loaded: Any, *keys: str) -> Any:

@@ -83,6 +83,25 @@ def test_a_step_is_kept_as_an_int(step: Any) -> None:
     assert type(tda.Checkpoint(MODEL.state_dict(), step=step).step) is int
 
 
+@pytest.mark.parametrize("name", ["nested", "list"])
+def test_a_file_that_holds_no_weights(name: str, tmp_path: Path) -> None:
+    """Told alike in a new folder and where a run is."""
+    content = {"nested": {"epoch": 3, "net": MODEL.state_dict()}, "list": [1, 2]}[name]
+    torch.save(content, tmp_path / "file.pt")
+    tda.index(tda.Task(MODEL), DATA, tmp_path / "run", proj_dim=8, progress=False)
+    wrong = tda.Task(MODEL, tmp_path / "file.pt")
+    told = set()
+    for use in (
+        lambda: tda.index(wrong, DATA, tmp_path / "new", proj_dim=8, progress=False),
+        lambda: tda.index(wrong, DATA, tmp_path / "run", proj_dim=8, progress=False),
+        lambda: tda.open(tmp_path / "run", wrong),
+    ):
+        with pytest.raises(TaskError, match=r"no weights[^§]*file\.pt[^§]*(epoch|list)") as error:
+            use()
+        told.add(str(error.value))
+    assert len(told) == 1
+
+
 def test_a_name_of_a_checkpoint_is_text() -> None:
     name: Any = 3
     with pytest.raises(TaskError, match=r"name of a checkpoint[^§]*3[^§]*str"):
