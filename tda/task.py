@@ -95,8 +95,9 @@ class Checkpoint:
             )
 
     def load(self) -> Weights:
-        """The state dict. Raises TaskError naming the file if it cannot be had."""
+        """The state dict. Raises TaskError naming the file if it cannot be had, or is none."""
         if isinstance(self.weights, Mapping):
+            _require_tensors(self.weights, self.name, "give model.state_dict()")
             return self.weights
         do = "save it with torch.save(model.state_dict(), path) or as safetensors"
         loaded = _read(Path(self.weights), "a checkpoint", do)
@@ -170,8 +171,8 @@ def _require_tensors(weights: Any, where: object, do: str) -> None:
         "these are no weights",
         where=where,
         found=found,
-        wanted="a state dict of tensors, as it is or under 'model', 'state_dict' or "
-        "'model_state_dict'",
+        wanted="a state dict of tensors (in a file, it may be under 'model', 'state_dict' or "
+        "'model_state_dict')",
         do=do,
     )
 

@@ -102,6 +102,13 @@ def test_a_file_that_holds_no_weights(name: str, tmp_path: Path) -> None:
     assert len(told) == 1
 
 
+def test_a_dict_that_is_no_state_dict() -> None:
+    given: Any = {"epoch": 3, "net": MODEL.state_dict()}
+    task = tda.Task(MODEL, tda.Checkpoint(given, name="early"))
+    with pytest.raises(TaskError, match=r"no weights[^§]*early[^§]*'epoch': int"):
+        task.manifest()
+
+
 def test_a_name_of_a_checkpoint_is_text() -> None:
     name: Any = 3
     with pytest.raises(TaskError, match=r"name of a checkpoint[^§]*3[^§]*str"):
