@@ -92,12 +92,27 @@ class _Rows:
 def as_dataset(data: Any) -> Dataset:
     """A data set from a map-style data set, an array, or a tuple or dict of arrays.
 
+    A column of a table is an array: it is read by position, whatever its index.
     Raises DataError when ``data`` is none of these, is empty, or its arrays differ in length.
     """
     if isinstance(data, np.ndarray | torch.Tensor):
         data = (data,)
     if type(data) is TensorDataset:
         data = data.tensors
+    parts: tuple[Any, ...] = (data,)
+    if isinstance(data, tuple):
+        parts = data = tuple(_by_position(part) for part in data)
+    elif isinstance(data, Mapping):
+        data = {name: _by_position(part) for name, part in data.items()}
+        parts = tuple(data.values())
+    table = next((part for part in parts if hasattr(part, "iloc")), None)
+    if table is not None:
+        raise DataError(
+            "a table is not a map-style data set: it is indexed by column",
+            found=type(table).__name__,
+            wanted="its columns as arrays",
+            do='(table[features].to_numpy("float32"), table["label"].to_numpy())',
+        )
     if isinstance(data, tuple) and all(isinstance(a, np.ndarray | torch.Tensor) for a in data):
         _same_length({f"array {i}": a for i, a in enumerate(data)})
         dataset: Any = _Arrays([_shared(a) for a in data])
@@ -106,13 +121,6 @@ def as_dataset(data: Any) -> Dataset:
         dataset = _Rows(data)
     else:
         dataset = data
-    if any(hasattr(part, "iloc") for part in (data if isinstance(data, tuple) else (data,))):
-        raise DataError(
-            "a table is not a map-style data set: it is indexed by column",
-            found=type(data).__name__,
-            wanted="its columns as arrays",
-            do='(table[features].to_numpy("float32"), table["label"].to_numpy())',
-        )
     map_style = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
     if isinstance(dataset, type) or not map_style:
         raise DataError(
@@ -124,6 +132,12 @@ def as_dataset(data: Any) -> Dataset:
     if len(dataset) == 0:
         raise DataError("the data set is empty", found="0 examples", wanted="at least 1")
     return dataset
+
+
+def _by_position(values: Any) -> Any:
+    """The array of a table's column, of which ``[i]`` is the row labelled i; all else as it is."""
+    column = hasattr(values, "iloc") and getattr(values, "ndim", None) == 1
+    return values.to_numpy() if column and hasattr(values, "to_numpy") else values
 
 
 def _shared(array: Any) -> torch.Tensor:

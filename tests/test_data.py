@@ -128,10 +128,49 @@ class Table:
         return NUM
 
 
-@pytest.mark.parametrize("given", [Table(), (Table(), _labels)], ids=["alone", "of a tuple"])
+@pytest.mark.parametrize(
+    "given",
+    [Table(), (Table(), _labels), {"input": Table(), "target": _labels}],
+    ids=["alone", "of a tuple", "of a dict"],
+)
 def test_a_table_is_refused_with_how_to_give_it(given: Any):
-    with pytest.raises(DataError, match=r"indexed by column[^§]*to_numpy"):
+    with pytest.raises(DataError, match=r"indexed by column[^§]*Table[^§]*to_numpy"):
         as_dataset(given)
+
+
+class Column:
+    """As pandas has it: `[i]` is the row labelled i, and rows keep their labels when shuffled."""
+
+    ndim, iloc = 1, None
+
+    def __init__(self, values: np.ndarray, rows: np.ndarray) -> None:
+        self.values, self.rows = values, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, label: int) -> Any:
+        return self.values[label]
+
+    def to_numpy(self) -> np.ndarray:
+        return self.values[self.rows]
+
+
+@pytest.mark.parametrize("of", ["dict", "tuple"])
+def test_a_column_of_a_table_is_read_by_position(of):
+    """A shuffled one gave every input the target of another."""
+    rows, numbers = np.arange(NUM)[::-1], _labels.numpy()
+    column, texts = Column(numbers, rows), Column(np.array([f"n{i}" for i in rows], object), rows)
+    plain: Any = {"input": _images, "target": numbers[rows].copy(), "text": texts.to_numpy()}
+    given: Any = {"input": _images, "target": column, "text": texts}
+    if of == "tuple":
+        plain, given = (plain["input"], plain["target"]), (given["input"], given["target"])
+    found, wanted = describe(as_dataset(given)), describe(as_dataset(plain))
+    assert found.digest() == wanted.digest()
+    assert found.columns["label"].tolist() == numbers[rows].tolist()
+    assert found.columns.keys() == wanted.columns.keys()
+    for name, values in wanted.columns.items():
+        np.testing.assert_array_equal(found.columns[name], values, strict=True)
 
 
 def test_a_class_is_no_data_set():
