@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import inspect
+from dataclasses import dataclass, replace
+from functools import partial, update_wrapper
+from hashlib import blake2b
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,10 +17,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import tda
 from tda.curvature.gauss_newton import GaussNewton
-from tda.errors import TaskError
+from tda.errors import MismatchError, TaskError
 from tda.gradients import Gradients
-from tda.measurements import MEASUREMENTS, as_measurement
+from tda.measurements import MEASUREMENTS, as_measurement, identity
 
 EVERY = [
     name for name in problems.NAMES if name != "gpt2"
@@ -265,3 +269,164 @@ def test_draws_and_hessians_are_no_part_of_a_measurements_digest(name):
     measurement = MEASUREMENTS[name]
     bare = replace(measurement, draw=None, draw_weight=None, hessian=None)
     assert bare.digest == measurement.digest
+
+
+def _losses(model, batch):
+    return model(batch[0])[:, 0]
+
+
+def _tempered(model, batch, temperature):
+    return _losses(model, batch) / temperature
+
+
+def _closed_over(value):
+    return lambda model, batch: _losses(model, batch) / value
+
+
+def _with_default(value, *, scale=None):
+    def losses(model, batch, temperature=value, *, scale=scale):
+        return _losses(model, batch)
+
+    return losses
+
+
+class _Called:
+    def __init__(self, **settings):
+        self.__dict__.update(settings)
+
+    def __call__(self, model, batch):
+        return _losses(model, batch)
+
+    def method(self, model, batch):
+        return _losses(model, batch)
+
+
+class _CalledModule(nn.Module):
+    def __init__(self, smoothing):
+        super().__init__()
+        self.loss = nn.CrossEntropyLoss(label_smoothing=smoothing)
+
+    def forward(self, model, batch):
+        return self.loss(model(batch[0]), batch[1])
+
+
+@dataclass(slots=True)
+class _Settings:
+    temperature: float
+
+
+MADE_WITH = {
+    "partial": lambda v: partial(_tempered, temperature=v),
+    "partial of a closure": lambda v: partial(_closed_over(v)),
+    "closure": _closed_over,
+    "closure of a closure": lambda v: _closed_over(_closed_over(v)),
+    "closure of a tensor": lambda v: _closed_over(torch.full((3,), v)),
+    "closure of an array": lambda v: _closed_over(np.full(3, v)),
+    "closure of a dict": lambda v: _closed_over({"a": [None, (v, "b")]}),
+    "closure of a data class": lambda v: _closed_over(_Settings(v)),
+    "closure of a namespace": lambda v: _closed_over(SimpleNamespace(temperature=v)),
+    "closure of a module": lambda v: _closed_over(_filled(v)),
+    "closure of a method": lambda v: _closed_over(_Called(temperature=v).method),
+    "default": _with_default,
+    "keyword default": lambda v: _with_default(1.0, scale=v),
+    "object": lambda v: _Called(temperature=v),
+    "method": lambda v: _Called(temperature=v).method,
+    "module": _CalledModule,
+    "module of weights": lambda v: nn.Sequential(_filled(v)),
+    "compiled": lambda v: _compiled(_closed_over(v), []),
+}
+
+
+def _filled(value: float) -> nn.Module:
+    layer = nn.Linear(2, 1)
+    layer.load_state_dict({name: torch.full_like(w, value) for name, w in layer.named_parameters()})
+    return layer
+
+
+def _compiled(function, state):
+    """As torch.compile does: wrapped in a function of its own, with what changes as it compiles."""
+    scope: dict[str, Any] = {"__name__": "torch._dynamo.eval_frame"}
+    exec("def wrap(function, state):\n    return lambda *args: function(*args, state)", scope)
+    return update_wrapper(scope["wrap"](function, state), function)
+
+
+def test_a_compiled_measurement_is_the_measurement():
+    digests = [as_measurement(_compiled(_losses, state)).digest for state in ([], [1])]
+    assert digests == [as_measurement(_losses).digest] * 2
+
+
+@pytest.mark.parametrize("name", MADE_WITH)
+def test_a_measurements_digest_is_that_of_what_it_was_made_with(name):
+    """Or rows of another temperature would be taken for those asked for."""
+    digests = [as_measurement(MADE_WITH[name](value)).digest for value in (0.5, 0.5, 0.25)]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def _itself():
+    def losses(model, batch):
+        return losses
+
+    return losses
+
+
+def _of_its_own_method():
+    made = _Called()
+    made.again = [made, made.method]
+    return made
+
+
+UNKNOWN = {
+    "object": lambda: _closed_over(object()),
+    "generator": lambda: _closed_over(torch.Generator()),
+    "no numbers": lambda: _closed_over(torch.empty(2, device="meta")),
+    "itself": _itself,
+    "its own method": _of_its_own_method,
+    "set": lambda: _closed_over({"a", "b", nn.Linear, len}),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_what_has_no_contents_is_its_type_in_a_digest(name):
+    assert as_measurement(UNKNOWN[name]()).digest == as_measurement(UNKNOWN[name]()).digest
+
+
+def test_a_digest_is_that_of_the_settings_before_any_call():
+    """A measurement that counts its calls is still that of the run it resumes."""
+    calls: list[int] = []
+    measurement = as_measurement(_closed_over(calls))
+    before = measurement.digest
+    calls.append(1)
+    assert measurement.digest == before != as_measurement(_closed_over(calls)).digest
+
+
+@pytest.mark.parametrize(
+    "function", [_losses, _Called(), _Called().method], ids=["function", "object", "method"]
+)
+def test_without_settings_a_digest_is_that_of_the_code(function):
+    """As it was before settings counted: older stores stay valid."""
+    name = f"{_Called.__module__}.{_Called.__qualname__}"
+    code = name if isinstance(function, _Called) else inspect.getsource(function)
+    wanted = blake2b((code + inspect.getsource(identity)).encode(), digest_size=16).hexdigest()
+    assert as_measurement(function).digest == wanted
+
+
+@pytest.mark.parametrize("name", list(MEASUREMENTS))
+def test_the_digest_of_a_known_measurement_is_that_of_its_code(name):
+    known = MEASUREMENTS[name]
+    code = inspect.getsource(known.output) + inspect.getsource(known.link)
+    assert known.digest == blake2b(code.encode(), digest_size=16).hexdigest()
+
+
+def test_rows_of_another_temperature_are_not_taken_for_those_asked_for(tmp_path):
+    data = (torch.randn(6, 2), torch.arange(6) % 2)
+
+    def index(temperature: float) -> tda.Run:
+        torch.manual_seed(0)
+        measurement = partial(_tempered, temperature=temperature)
+        task = tda.Task(nn.Linear(2, 2), measurement=measurement)
+        return tda.index(task, data, tmp_path / "run", proj_dim=8, progress=False)
+
+    index(0.5)
+    index(0.5)
+    with pytest.raises(MismatchError, match=r"measurement\.digest"):
+        index(0.25)
