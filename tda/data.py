@@ -10,6 +10,7 @@ model.
 from __future__ import annotations
 
 import hashlib
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ RIDE_ALONG = ("id", "source", "group", "text", "image", "row")
 _TARGETS = ("target", "labels", "label")
 _DIGEST_BYTES = 16
 MAX_TEXT = 2000
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 _HASHED_BYTES = 2**22  # of arrays, laid out example by example at a time
 
 Batch = tuple[Any, ...] | dict[str, Any]
@@ -216,6 +218,22 @@ def _tensor(value: Any) -> Any:
     return value
 
 
+def _digest_of(content: Any, index: int) -> bytes:
+    """The digest of what the model sees; a failure becomes a DataError that names the example."""
+    state = hashlib.blake2b(digest_size=_DIGEST_BYTES)
+    try:
+        _digest(content, state)
+    except Exception as error:
+        raise DataError(
+            f"the content of example {index} cannot be told from that of others",
+            found=f"{type(error).__name__}: {error}",
+            wanted="tensors, arrays, pictures, numbers or text, in tuples, dicts or objects: a run "
+            "that goes on looks whether its examples are the same",
+            do="give it as a tensor, or give its class a __repr__ that tells its content",
+        ) from error
+    return state.digest()
+
+
 def _digest(content: Any, state: Any) -> None:
     if isinstance(content, torch.Tensor):
         array = content.detach().cpu().contiguous()
@@ -228,8 +246,26 @@ def _digest(content: Any, state: Any) -> None:
     elif isinstance(content, tuple | list):
         for part in content:
             _digest(part, state)
-    else:
+    elif isinstance(content, str | bytes | np.generic):
         state.update(repr(content).encode())
+    elif hasattr(content, "__array_interface__") or hasattr(content, "__array__"):
+        _digest_array(np.asarray(content), state)
+    elif not _ADDRESS.search(repr(content)):
+        state.update(repr(content).encode())
+    elif getattr(content, "__dict__", None):  # an address is another one at every reading
+        state.update(type(content).__qualname__.encode())
+        _digest(vars(content), state)
+    else:
+        raise TypeError(f"{content!r} has no content that is known")
+
+
+def _digest_array(array: np.ndarray, state: Any) -> None:
+    state.update(f"{array.dtype}{array.shape}".encode())
+    if array.dtype.hasobject:
+        for value in array.flat:
+            _digest(value, state)
+    else:
+        state.update(array.tobytes())
 
 
 def _stacked(dataset: Dataset) -> tuple[Any, dict[str, Any]] | None:
@@ -287,9 +323,7 @@ def describe(dataset: Dataset, tick: Callable[[int], None] = lambda count: None)
         digests = np.empty((len(dataset), _DIGEST_BYTES), np.uint8)
         for index in range(len(dataset)):
             content, extra = split(read(dataset, index))
-            state = hashlib.blake2b(digest_size=_DIGEST_BYTES)
-            _digest(content, state)
-            digests[index] = np.frombuffer(state.digest(), np.uint8)
+            digests[index] = np.frombuffer(_digest_of(content, index), np.uint8)
             for name, value in extra.items():
                 extras.setdefault(name, [None] * len(dataset))[index] = value
             tick(1)

@@ -189,3 +189,51 @@ def test_arrays_that_cannot_be_written_are_read_without_a_word(tmp_path):
         describe(as_dataset((mapped, np.arange(4) % 2))).digests,
         describe(as_dataset((np.array(mapped), np.arange(4) % 2))).digests,
     )
+
+
+class Picture:
+    """As Pillow has it: its text holds its address."""
+
+    def __init__(self, numbers: np.ndarray) -> None:
+        self.numbers = numbers
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]:
+        return self.numbers.__array_interface__
+
+
+class Graph:
+    def __init__(self, **parts: Any) -> None:
+        self.__dict__.update(parts)
+
+
+_long = np.arange(5000)
+CONTENTS: dict[str, Any] = {
+    "picture": lambda v: Picture(np.full((2, 2, 3), v, np.uint8)),
+    "object": lambda v: Graph(nodes=torch.full((3,), v), of={"edges": [Graph(name=f"{v}")]}),
+    "picture in a dict": lambda v: {"seen": Picture(np.full((2, 2), v))},
+    "long array in a dict": lambda v: {"seen": np.where(_long == 2500, v, _long)},
+    "array of text in a dict": lambda v: {"seen": np.array([f"{v}", None], object)},
+    "text of an address": lambda v: f"a segmentation fault at 0x{v:x}",
+}
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+def test_a_digest_is_that_of_the_content_at_every_reading(name):
+    """Or a run would not be resumed: its first example would be another one."""
+    made = CONTENTS[name]
+    first, again, other = (describe([(made(v), 1)]).digest() for v in (7, 7, 8))
+    assert first == again != other
+
+
+def _circle() -> Graph:
+    graph = Graph()
+    graph.next = graph  # type: ignore[attr-defined]
+    return graph
+
+
+@pytest.mark.parametrize("content", [object(), Graph(), lambda: 0, _circle()], ids=range(4))
+def test_content_that_cannot_be_told_is_refused_with_how_to_give_it(content):
+    given = [{"input": torch.zeros(2), "id": "a"}, {"input": content, "id": "b"}]
+    with pytest.raises(DataError, match=r"example 1 cannot be told[^§]*as a tensor"):
+        describe(given)
