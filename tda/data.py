@@ -349,7 +349,7 @@ def read(dataset: Dataset, index: int) -> Any:
 
 def _ids(given: list[Any] | None, digests: np.ndarray) -> np.ndarray:
     if given is not None:
-        ids = [None if name is None else str(name) for name in given]
+        ids = [None if name is None else _text(name) for name in given]
         if None in ids:
             raise DataError("an example has no id while others have one", where=ids.index(None))
         repeated = [f"{name!r} ({n} times)" for name, n in Counter(ids).items() if n > 1]
@@ -382,7 +382,12 @@ def _column(name: str, values: list[Any]) -> np.ndarray:
         return _pictures(values)
     if name == "row":
         return _rows(values)
-    return np.array(["" if v is None else str(v)[:MAX_TEXT] for v in values], dtype=np.str_)
+    return np.array(["" if v is None else _text(v)[:MAX_TEXT] for v in values], dtype=np.str_)
+
+
+def _text(value: Any) -> str:
+    """A value as text; of a tensor of no axes, its number."""
+    return str(value.item() if isinstance(value, torch.Tensor) and value.ndim == 0 else value)
 
 
 def _rows(values: list[Any]) -> np.ndarray:

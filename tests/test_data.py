@@ -237,3 +237,14 @@ def test_content_that_cannot_be_told_is_refused_with_how_to_give_it(content):
     given = [{"input": torch.zeros(2), "id": "a"}, {"input": content, "id": "b"}]
     with pytest.raises(DataError, match=r"example 1 cannot be told[^§]*as a tensor"):
         describe(given)
+
+
+@pytest.mark.parametrize("of", [as_dataset, OneByOne], ids=["arrays", "one by one"])
+def test_numbers_of_a_tensor_are_the_ids_and_columns_that_numbers_are(of):
+    numbers = torch.arange(NUM) * 3
+    given = {"id": numbers, "source": numbers % 2, "group": numbers % 4 > 1, "text": numbers / 2}
+    found = describe(of({"input": _images, **given}))
+    wanted = describe(of({"input": _images, **{name: v.tolist() for name, v in given.items()}}))
+    assert found.ids.tolist() == wanted.ids.tolist() == [str(3 * i) for i in range(NUM)]
+    for name in ("source", "group", "text"):
+        np.testing.assert_array_equal(found.columns[name], wanted.columns[name], strict=True)
