@@ -28,6 +28,10 @@ RIDE_ALONG = ("id", "source", "group", "text", "image", "row")
 _TARGETS = ("target", "labels", "label")
 _DIGEST_BYTES = 16
 MAX_TEXT = 2000
+NUMBERED = (
+    "classes, labels = np.unique(names, return_inverse=True); the names may ride along as `group`, "
+    "`source` or `text` of a dict"
+)
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 _HASHED_BYTES = 2**22  # of arrays, laid out example by example at a time
 
@@ -146,7 +150,7 @@ def _shared(array: Any) -> torch.Tensor:
     """A tensor of an array's memory, such as that of a mapped file: nobody writes to it here."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.as_tensor(array)
+        return _numbers(array, shared=True)
 
 
 class Picked:
@@ -211,11 +215,26 @@ def _tensor(value: Any) -> Any:
     if isinstance(value, str | bytes | torch.Tensor | Mapping):
         return value
     if isinstance(value, bool | int | float | np.ndarray | np.generic | list | tuple):
-        array = np.asarray(value)
-        tensor = torch.as_tensor(array if array.flags.writeable else array.copy())
+        tensor = _numbers(value)
         # A Python float is a float32 to every model; an array keeps the type it was given.
         return tensor.float() if isinstance(value, float) else tensor
     return value
+
+
+def _numbers(value: Any, shared: bool = False) -> torch.Tensor:
+    """A tensor of an array, a number or a list; of memory that nobody may write to, a copy."""
+    try:
+        if isinstance(value, torch.Tensor):
+            return value
+        array = np.asarray(value)
+        return torch.as_tensor(array if shared or array.flags.writeable else array.copy())
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            "what the model sees are no numbers",
+            found=f"{str(value)[:60]} ({type(error).__name__}: {str(error).splitlines()[0]})",
+            wanted="numbers: whole ones, 0, 1, …, for classes, and as many in each list of lists",
+            do=NUMBERED,
+        ) from error
 
 
 def _digest_of(content: Any, index: int) -> bytes:
@@ -375,7 +394,7 @@ def _ids(given: list[Any] | None, digests: np.ndarray) -> np.ndarray:
 
 def _column(name: str, values: list[Any]) -> np.ndarray:
     if name == "label":
-        labels = np.array([np.nan if v is None else float(v) for v in values])
+        labels = np.array([_label(v, index) for index, v in enumerate(values)])
         whole = np.isfinite(labels).all() and (labels == np.round(labels)).all()
         return labels.astype(np.int64 if whole else np.float32)
     if name == "image":
@@ -383,6 +402,19 @@ def _column(name: str, values: list[Any]) -> np.ndarray:
     if name == "row":
         return _rows(values)
     return np.array(["" if v is None else _text(v)[:MAX_TEXT] for v in values], dtype=np.str_)
+
+
+def _label(value: Any, index: int) -> float:
+    try:
+        return np.nan if value is None else float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(
+            "a label is no number",
+            where=f"example {index}",
+            found=repr(value)[:60],
+            wanted="one number, a whole one for a class",
+            do=NUMBERED,
+        ) from error
 
 
 def _text(value: Any) -> str:

@@ -33,8 +33,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tda.data import Batch
-from tda.errors import TaskError
+from tda.data import NUMBERED, Batch
+from tda.errors import DataError, TaskError
 
 
 class Link(NamedTuple):
@@ -209,19 +209,30 @@ _TARGETS = ("target", "labels", "label")
 
 
 def target(batch: Batch) -> Tensor:
-    """The target of a batch. Raises TaskError if it has none."""
+    """The target of a batch. Raises TaskError if it has none, DataError if it is text."""
     if isinstance(batch, tuple) and len(batch) > 1:
-        return batch[-1]
+        return _no_text(batch[-1])
     if isinstance(batch, dict):
         for name in _TARGETS:
             if name in batch:
-                return batch[name]
+                return _no_text(batch[name])
     raise TaskError(
         "the examples have no target",
         found=sorted(batch) if isinstance(batch, dict) else "tuples of one",
         wanted="tuples (input, target), or dicts with `target`, `labels` or `label`",
         do="add a target, or give a measurement that needs none",
     )
+
+
+def _no_text(values: Any) -> Any:
+    if isinstance(values, list | tuple) and any(isinstance(v, str | bytes) for v in values):
+        raise DataError(
+            "the targets are text",
+            found=", ".join(map(repr, values[:4])),
+            wanted="numbers, whole ones for classes",
+            do=NUMBERED,
+        )
+    return values
 
 
 def with_target(batch: Batch, values: Tensor) -> Batch:

@@ -248,3 +248,33 @@ def test_numbers_of_a_tensor_are_the_ids_and_columns_that_numbers_are(of):
     assert found.ids.tolist() == wanted.ids.tolist() == [str(3 * i) for i in range(NUM)]
     for name in ("source", "group", "text"):
         np.testing.assert_array_equal(found.columns[name], wanted.columns[name], strict=True)
+
+
+_names = np.array(["cat", "dog"] * NUM)[:NUM]
+NO_NUMBERS: dict[str, tuple[Any, str]] = {
+    "names of classes": ((_images, _names), r"no numbers[^§]*'cat'"),
+    "a list of names": ({"input": _images, "target": _names.tolist()}, "targets are text"),
+    "a name an example": ([(x, "cat") for x in _images], "targets are text"),
+    "lists of text": (
+        {"input": _images, "target": _labels, "words": [["a", "b"]] * NUM},
+        r"no numbers[^§]*\['a', 'b'\]",
+    ),
+    "lists of many lengths": ([(x, [[1], [1, 2]]) for x in _images], "no numbers"),
+    "objects": ([(x, np.array([1, None])) for x in _images], "no numbers"),
+    "a name that is shown": (
+        [{"input": x, "target": 1, "label": "cat"} for x in _images],
+        r"a label is no number[^§]*example 0[^§]*'cat'",
+    ),
+    "two labels": (
+        [{"input": x, "target": 1, "label": torch.zeros(2)} for x in _images],
+        r"a label is no number[^§]*example 0",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NO_NUMBERS)
+def test_what_are_no_numbers_are_refused_with_how_to_number_them(tmp_path, name):
+    given, message = NO_NUMBERS[name]
+    task = tda.Task(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(6, 3)))
+    with pytest.raises(DataError, match=message + r"[^§]*np\.unique\(names"):
+        tda.index(task, given, tmp_path / "run", progress=False)
