@@ -91,7 +91,12 @@ def _source(function: Callable) -> str:
         code = getattr(function, "__code__", None)
         if code is None:
             return f"{type(function).__module__}.{type(function).__qualname__}"
-        return f"{code.co_code.hex()}{code.co_consts!r}{code.co_names!r}"
+        return _code(code)
+
+
+def _code(code: types.CodeType) -> str:
+    consts = tuple(_code(c) if isinstance(c, types.CodeType) else c for c in code.co_consts)
+    return f"{code.co_code.hex()}{consts!r}{code.co_names!r}"
 
 
 def _settings(function: Any, within: tuple[int, ...] = ()) -> str:

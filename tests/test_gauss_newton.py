@@ -417,6 +417,18 @@ def test_the_digest_of_a_known_measurement_is_that_of_its_code(name):
     assert known.digest == blake2b(code.encode(), digest_size=16).hexdigest()
 
 
+def test_functions_within_a_function_without_source_are_part_of_its_digest_by_their_code():
+    """Not by their address, which is another one in every process."""
+
+    def digest(number: int) -> str:
+        scope: dict[str, Any] = {}
+        exec(f"def losses(model, batch):\n    return map(lambda x: x + {number}, batch)", scope)
+        return as_measurement(scope["losses"]).digest
+
+    kept = [digest(1), digest(2), digest(1)]
+    assert kept[0] == kept[2] != kept[1]
+
+
 def test_rows_of_another_temperature_are_not_taken_for_those_asked_for(tmp_path):
     data = (torch.randn(6, 2), torch.arange(6) % 2)
 
