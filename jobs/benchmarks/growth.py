@@ -9,6 +9,7 @@ a fault, and is called one. Draws jobs/GROWTH.png.
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -123,7 +124,9 @@ def index_once(path: Path, sizes: dict[str, int], recipe: str) -> Callable[[], A
 
     torch.manual_seed(0)
     model = network(sizes["width"])
-    states = [tda.Checkpoint(model.state_dict(), name=str(i)) for i in range(sizes["c"])]
+    states = [
+        tda.Checkpoint(copy.deepcopy(model.state_dict()), name=str(i)) for i in range(sizes["c"])
+    ]
     task = tda.Task(model, checkpoints=states, measurement="cross_entropy")
     data = (torch.randn(sizes["n"], INPUTS), torch.randint(0, CLASSES, (sizes["n"],)))
     return lambda: tda.index(task, data, path, proj_dim=sizes["k"], batch_size=256, progress=False)

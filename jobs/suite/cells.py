@@ -261,7 +261,7 @@ def task_of(work: Any, cell: Cell, path: Path, quick: bool) -> Task:
     if cell.copies == 1:
         return made(chosen)
     is_found = cell.noise == FOUND
-    noise = tda.find_noise(made(chosen), work.train_set(quick)) if is_found else float(cell.noise)
+    noise = tda.find_noise(made(chosen), work.test_set(quick)) if is_found else float(cell.noise)
     return made(tda.smoothed(chosen, cell.copies, noise))
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import tda
 from tda.evaluate import Ensemble
-from tda.evaluate.retrain import source_of
+from tda.identity import source_of
 
 Losses = Callable[[nn.Module, Tensor, Tensor], Tensor]
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 
 from tda.errors import TaskError
-from tda.evaluate.retrain import source_of
+from tda.identity import settings_of, source_of
 from tda.replay.network import Loss, example_losses
 
 Weights = dict[str, Tensor]
@@ -57,8 +57,9 @@ class Ensemble:
         rate = self.learning_rate
         numbers = (self.steps, self.batch_size, self.momentum, self.weight_decay, self.group)
         kept = ["order kept"] if self.keep_order else []
-        rates = source_of(rate) if callable(rate) else repr(rate)
-        parts = [repr(numbers), rates, source_of(self.model), source_of(self.loss), *kept]
+        rates = source_of(rate) + settings_of(rate) if callable(rate) else repr(rate)
+        functions = [source_of(f) + settings_of(f) for f in (self.model, self.loss)]
+        parts = [repr(numbers), rates, *functions, *kept]
         return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
 
     def __call__(self, subset: np.ndarray, seed: int) -> nn.Module:

@@ -5,9 +5,6 @@ outputs[subset, seed, query] = f(query; train(subset, seed))
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +22,7 @@ from tda.data import Batch, as_dataset, batches, describe
 from tda.errors import ConfigError, DataError, TaskError
 from tda.evaluate.design import Design
 from tda.evaluate.record import FOLDER, GroundTruth, Record
+from tda.identity import digest, settings_of, source_of
 from tda.measurements import Measurement
 from tda.progress import Tick
 from tda.run import Run
@@ -96,25 +94,13 @@ def _folder(run: Run, name: str) -> Place:
 
 
 def _digest(train: Train) -> str:
-    """Changes with the source of the function (not with what that calls) and its fixed arguments.
+    """Changes with the source of the function (not of what that calls) and what it was made with.
 
     An object with a ``digest`` of its own is asked for it.
     """
     if hasattr(train, "digest"):
         return str(train.digest)
-    if isinstance(train, functools.partial):
-        parts = [_digest(train.func), repr(train.args), repr(sorted(train.keywords.items()))]
-    else:
-        parts = [source_of(train)]
-    return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
-
-
-def source_of(function: Callable[..., Any]) -> str:
-    """The source of a function, or its name where it was defined at a prompt."""
-    try:
-        return inspect.getsource(function)
-    except (OSError, TypeError):
-        return str(getattr(function, "__qualname__", type(function).__qualname__))
+    return digest((source_of(train) + settings_of(train)).encode())
 
 
 def _groups(record: Record, train: Train) -> list[list[Unit]]:
