@@ -74,6 +74,8 @@ def index(
             wanted=f"a tda.Projection, or {' | '.join(KINDS)}",
         )
     check_batch_size(batch_size)
+    if dtype not in _ITEM_BYTES:
+        raise ConfigError(f"unknown dtype {dtype!r}", wanted=", ".join(_ITEM_BYTES))
     require_task(task, "tda.index(tda.Task(model, checkpoints=[…]), dataset, path)")
     if gauss_newton:
         check_measurement(task.measurement)
@@ -155,7 +157,5 @@ def _open_or_create(
 
 
 def _chunk_rows(dim: int, dtype: str) -> int:
-    if dtype not in _ITEM_BYTES:
-        raise ConfigError(f"unknown dtype {dtype!r}", wanted=", ".join(_ITEM_BYTES))
     rows = _CHUNK_BYTES // (dim * _ITEM_BYTES[dtype])
     return max(1, min(rows, _MAX_CHUNK_ROWS))

@@ -237,6 +237,22 @@ def test_score_never_replaces_what_is_not_a_matrix(run, tmp_path):
     (tmp_path / "precious").write_text("mine")
     ran("score", run, "--out", tmp_path, code=1)
     assert (tmp_path / "precious").read_text() == "mine"
+    ids = tda.open(run).ids.tolist()
+    ran("score", run, "--out", run / "train", code=1)  # a folder of Zarr arrays all the same
+    assert "--out" in ran("score", run, "--out", run / "train/rows", code=1).stderr
+    assert tda.open(run).ids.tolist() == ids and tda.open(run).verify() == []
+
+
+def test_answers_never_replace_what_are_no_answers(run, tmp_path):
+    manifest = (run / "manifest.json").read_bytes()
+    assert "name another path" in ran("query", run, "--out", run / "manifest.json", code=1).stderr
+    assert (run / "manifest.json").read_bytes() == manifest
+    parquet = tmp_path / "mine.parquet"
+    parquet.write_bytes(b"mine")
+    ran("query", run, "--out", parquet, code=1)
+    assert parquet.read_bytes() == b"mine"
+    for _ in range(2):  # what it wrote itself is replaced
+        ran("query", run, "--out", tmp_path / "answers.parquet")
 
 
 def test_report_writes_one_page_and_prints_its_path(run):

@@ -212,6 +212,25 @@ def stopped_after(count: int, regression: Regression) -> Callable:
     return train
 
 
+def test_a_function_made_with_another_rate_is_another_function(run, regression):
+    def made(scale: float) -> Callable:
+        return lambda subset, seed: np.full(5, scale * subset.sum(), np.float32)
+
+    def scaled(subset, seed, scale):
+        return made(scale)(subset, seed)
+
+    design = Design(num_subsets=2)
+    for name, one, other in (
+        ("closure", made(1.0), made(5.0)),
+        ("partial", functools.partial(scaled, scale=1.0), functools.partial(scaled, scale=5.0)),
+    ):
+        first = retrain(run, regression, design, one, name=name)
+        again = retrain(run, regression, design, one, name=name)
+        np.testing.assert_array_equal(first.outputs, again.outputs)
+        with pytest.raises(MismatchError):
+            retrain(run, regression, design, other, name=name)
+
+
 def test_an_interrupted_ground_truth_resumes_to_the_same_bytes(run, regression):
     design = Design(num_subsets=5, seeds=(0, 1))
     whole = retrain(run, regression, design, stopped_after(99, regression), name="whole")

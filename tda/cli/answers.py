@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tda.scorer import Prepared
     from tda.scorer.ranking import Ranking, TopK
 
+_SIGN = "positive helps the query"
 _HEADS = {"proponents": "proponent", "opponents": "opponent", "nearest": "nearest"}
 
 
@@ -117,6 +118,13 @@ class Answer:
         """Write every row to ``path``, whole or not at all. Raises StoreError if it cannot be."""
         check_format(path)
         partial = path.with_name(f".{path.name}.partial")
+        if path.exists() and not _are_answers(path):
+            raise StoreError(
+                "these are not answers that could be replaced",
+                where=path,
+                wanted="no file of this name, or what `tda query` wrote before",
+                do="name another path with --out",
+            )
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.suffix == ".json":
@@ -150,6 +158,22 @@ class Answer:
         about = {"run": self.run, "queries": self.query_set, "recipe": self.recipe}
         about["reliable"] = self.rule
         parquet.write_table(table.replace_schema_metadata(about), path)
+
+
+def _are_answers(path: Path) -> bool:
+    """Whether a file is of `Answer.write`."""
+    if path.suffix == ".json":
+        try:
+            return "answers" in json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, TypeError):
+            return False
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        return b"queries" in (parquet.read_schema(path).metadata or {})
+    except (OSError, pa.ArrowException):
+        return False
 
 
 def check_format(path: Path) -> None:
@@ -205,8 +229,13 @@ def write_scores(scores: da.Array, path: Path, *, queries: str, recipe: str) -> 
     import dask
     import zarr
 
-    if path.exists() and not (path / "zarr.json").is_file():
-        raise StoreError("this is not a score matrix that could be replaced", where=path)
+    if path.exists() and not _is_written_here(path):
+        raise StoreError(
+            "this is not a score matrix that could be replaced",
+            where=path,
+            wanted="no file or folder of this name, or what `tda score` wrote before",
+            do="name another path with --out",
+        )
     partial = path.with_name(f".{path.name}.partial")
     chunks = tuple(sizes[0] for sizes in scores.chunks)
     try:
@@ -220,7 +249,7 @@ def write_scores(scores: da.Array, path: Path, *, queries: str, recipe: str) -> 
             fill_value=float("nan"),
             compressors=None,  # would save 8 % of the bytes for an eighth of the time
             dimension_names=("query", "train"),
-            attributes={"queries": queries, "recipe": recipe, "sign": "positive helps the query"},
+            attributes={"queries": queries, "recipe": recipe, "sign": _SIGN},
         )
         here = {} if is_open() else {"scheduler": "threads", "num_workers": 2}
         with dask.config.set(here):
@@ -233,6 +262,14 @@ def write_scores(scores: da.Array, path: Path, *, queries: str, recipe: str) -> 
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _is_written_here(path: Path) -> bool:
+    try:
+        about = json.loads((path / "zarr.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(about.get("attributes", {}).get("sign") == _SIGN)
 
 
 def _labels(table: Any) -> Sequence[Any] | None:

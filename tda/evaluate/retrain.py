@@ -5,10 +5,12 @@ outputs[subset, seed, query] = f(query; train(subset, seed))
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -94,13 +96,15 @@ def _folder(run: Run, name: str) -> Place:
 
 
 def _digest(train: Train) -> str:
-    """Changes with the source of the function (not of what that calls) and what it was made with.
+    """Changes with the source of a function (not of what that calls) and what it was made with.
 
-    An object with a ``digest`` of its own is asked for it.
+    Of an object the source alone counts, since training may change what it holds; one with a
+    ``digest`` of its own is asked for it.
     """
     if hasattr(train, "digest"):
         return str(train.digest)
-    return digest((source_of(train) + settings_of(train)).encode())
+    made = settings_of(train) if isinstance(train, FunctionType | functools.partial) else ""
+    return digest((source_of(train) + made).encode())
 
 
 def _groups(record: Record, train: Train) -> list[list[Unit]]:

@@ -69,7 +69,8 @@ def curvature_table(store: Store, recipe: Recipe) -> Table:
             "this recipe needs the run's curvature: gradients for labels drawn from the model",
             where=f"recipe {recipe.name!r}",
             found=error.what,
-            do="add it with run.add_curvature(train)",
+            do="add it with run.add_curvature(train), or with gauss_newton = true in [index] and "
+            "`tda index`",
         ) from error
     table.require_complete()
     return table

@@ -220,7 +220,10 @@ def _mismatch(table: Table | Place, found: str, wanted: str) -> MismatchError:
     folder = table.folder if isinstance(table, Table) else table
     do = "store changed queries under a new name; queries can only be added at the end"
     if folder.name == TRAIN and folder.parent.name != QUERIES:
-        do = "index changed data into a new folder; examples can only be added at the end"
+        do = (
+            "build the data without randomness; `tda relabel` if a few examples were changed in "
+            "their places; index other data into a new folder: examples are only added at the end"
+        )
         if read_manifest(folder.parent)["data"].get(TRAIN, {}).get("deleted"):
             do = "give the deleted examples too, or `tda compact` the run; " + do
     return MismatchError(

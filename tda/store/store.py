@@ -167,7 +167,7 @@ class Store:
     def _count(self, ids: Sequence[str], change: Callable[..., np.ndarray]) -> int:
         train = self.stored(TRAIN)
         before = deleted_positions(train.manifest, self.path, train.num_rows)
-        after = change(before, places(train, ids))
+        after = change(before, places(train, [ids] if isinstance(ids, str) else ids))
         if len(after) == train.num_rows:
             raise DataError(
                 "no training example would be left",
