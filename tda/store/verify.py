@@ -53,7 +53,7 @@ def find_faults(run: Place, manifest: Mapping[str, Any], withdraw: bool) -> list
     """Every fault of a run, sorted by path; see :meth:`tda.store.Store.verify`."""
     faults = [*_manifest_faults(run), *_bases_faults(run, manifest)]
     there = table_names(run)
-    for name in sorted(manifest["data"].keys() - set(there)):
+    for name in sorted(manifest.get("data", {}).keys() - set(there)):
         faults.append(Fault(f"{name}/{STATIC}", "missing", "the table is gone", redo(name)))
     for name in there:
         faults += _table_faults(run, name, len(manifest["checkpoints"]), withdraw)
