@@ -185,7 +185,7 @@ def query(
     from tda.cli.workload import open_workload
 
     if out is not None:
-        answers.check_format(out)
+        answers.check_out(out)
     opened = open_workload(target, set_ or ())
     with working(opened.config, workers, scheduler):
         name = opened.query_set(queries)

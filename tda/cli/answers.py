@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,15 +116,8 @@ class Answer:
 
     def write(self, path: Path) -> None:
         """Write every row to ``path``, whole or not at all. Raises StoreError if it cannot be."""
-        check_format(path)
+        check_out(path)
         partial = path.with_name(f".{path.name}.partial")
-        if path.exists() and not _are_answers(path):
-            raise StoreError(
-                "these are not answers that could be replaced",
-                where=path,
-                wanted="no file of this name, or what `tda query` wrote before",
-                do="name another path with --out",
-            )
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.suffix == ".json":
@@ -176,14 +169,26 @@ def _are_answers(path: Path) -> bool:
         return False
 
 
-def check_format(path: Path) -> None:
-    """Raise ConfigError unless the name of ``path`` says a format: before the work, not after."""
+def check_out(path: Path) -> None:
+    """Before the work, not after. Raises ConfigError unless the name of ``path`` says a format,
+    StoreError where something else than answers is there."""
     if path.suffix not in (".json", ".parquet"):
         raise ConfigError(
             "the format of the answers is told by the file's name",
             where="--out",
             found=path.name,
             wanted="a name that ends in .json or .parquet",
+        )
+    _require_ours(path, _are_answers, "an answer", "query")
+
+
+def _require_ours(path: Path, ours: Callable[[Path], bool], what: str, command: str) -> None:
+    if path.exists() and not ours(path):
+        raise StoreError(
+            f"this is not {what} that could be replaced",
+            where=path,
+            wanted=f"nothing of this name, or what `tda {command}` wrote before",
+            do="name another path with --out",
         )
 
 
@@ -229,13 +234,7 @@ def write_scores(scores: da.Array, path: Path, *, queries: str, recipe: str) -> 
     import dask
     import zarr
 
-    if path.exists() and not _is_written_here(path):
-        raise StoreError(
-            "this is not a score matrix that could be replaced",
-            where=path,
-            wanted="no file or folder of this name, or what `tda score` wrote before",
-            do="name another path with --out",
-        )
+    _require_ours(path, _is_matrix, "a score matrix", "score")
     partial = path.with_name(f".{path.name}.partial")
     chunks = tuple(sizes[0] for sizes in scores.chunks)
     try:
@@ -264,7 +263,8 @@ def write_scores(scores: da.Array, path: Path, *, queries: str, recipe: str) -> 
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _is_written_here(path: Path) -> bool:
+def _is_matrix(path: Path) -> bool:
+    """Whether a folder is of `write_scores`."""
     try:
         about = json.loads((path / "zarr.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

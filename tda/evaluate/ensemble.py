@@ -6,7 +6,6 @@ has its own weights, subset and order of examples, and all take their steps toge
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 
 from tda.errors import TaskError
-from tda.identity import settings_of, source_of
+from tda.identity import digest, settings_of, source_of
 from tda.replay.network import Loss, example_losses
 
 Weights = dict[str, Tensor]
@@ -60,7 +59,7 @@ class Ensemble:
         rates = source_of(rate) + settings_of(rate) if callable(rate) else repr(rate)
         functions = [source_of(f) + settings_of(f) for f in (self.model, self.loss)]
         parts = [repr(numbers), rates, *functions, *kept]
-        return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
+        return digest("\0".join(parts).encode())
 
     def __call__(self, subset: np.ndarray, seed: int) -> nn.Module:
         return self.many([(subset, seed)])[0]

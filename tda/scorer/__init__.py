@@ -146,7 +146,7 @@ def block(prepared: Prepared, start: int, stop: int) -> Tensor:
     """Scores of all queries for the training examples [start, stop): [m, stop − start] float32."""
     out = torch.empty(prepared.num_queries, stop - start)
     for low, high, rows in stream(prepared.train, start, stop):
-        for first, some in _query_tiles(prepared, high - low):
+        for first, some in query_tiles(prepared, high - low):
             last = first + some.num_queries
             out[first:last, low - start : high - start] = _tile(some, rows, low, first)
     return out
@@ -184,7 +184,7 @@ def ahead(items: Iterator[T]) -> Iterator[T]:
             yield cast(T, item)
 
 
-def _query_tiles(prepared: Prepared, num_rows: int) -> Iterator[tuple[int, Prepared]]:
+def query_tiles(prepared: Prepared, num_rows: int) -> Iterator[tuple[int, Prepared]]:
     size = max(1, min(QUERY_TILE, TILE_SCORES // max(1, num_rows)))
     for first in range(0, prepared.num_queries, size):
         yield first, prepared.select(slice(first, first + size))
@@ -304,7 +304,7 @@ class Ends:
             return shortlist.ends(self.prepared, k, span, tick)
         best, worst = (Heaps(self.prepared.num_queries, k) for _ in range(2))
         for low, high, rows in stream(self.prepared.train, *span):
-            for first, some in _query_tiles(self.prepared, high - low):
+            for first, some in query_tiles(self.prepared, high - low):
                 tile = _tile(some, rows, low, first)
                 worst.add(tile, low, first)
                 best.add(tile.neg_(), low, first)

@@ -25,7 +25,7 @@ from torch import Tensor
 from tda.errors import RecipeError
 from tda.recipe import Recipe
 from tda.recipe.requirements import layer_slices
-from tda.scorer import Prepared, _query_tiles, prepare, stream, top_k
+from tda.scorer import Prepared, prepare, query_tiles, stream, top_k
 
 if TYPE_CHECKING:
     from tda.store import Store, Table
@@ -81,7 +81,7 @@ def _spread(prepared: Prepared, layers: Sequence[slice], best: np.ndarray) -> Sp
     total, of_best = (torch.zeros(count, len(layers), dtype=torch.float64) for _ in range(2))
     squares = torch.zeros(count, len(layers), len(layers), dtype=torch.float64)
     for low, high, rows in stream(prepared.train, 0, n):
-        for first, some in _query_tiles(prepared, (high - low) * len(layers)):
+        for first, some in query_tiles(prepared, (high - low) * len(layers)):
             last = first + some.num_queries
             scores = _by_layer(some, layers, rows, low)
             is_best = _is_best(pairs, range(first, last), range(low, high))

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tda.data import Batch, Dataset, as_dataset, collate, read
+from tda.data import Dataset, Picked, as_dataset, batches
 from tda.errors import TaskError
 from tda.featurizer import Features, Featurizer
 from tda.projection import Projection
@@ -126,19 +125,15 @@ def _gradients(task: Task, dataset: Dataset) -> Any:
     copies.checkpoints = (last, *(replace(last, noise=s) for s in signed))
     featurizer = Featurizer(copies)
     featurizer.bind(Projection("count_sketch", _DIM))
-    batches = _batches(task, dataset, featurizer.batch_size("auto", dataset))
+    count = min(_NUM_EXAMPLES, len(dataset))
+    drawn = Picked(dataset, np.random.default_rng(0).choice(len(dataset), count, replace=False))
+    size = featurizer.batch_size("auto", dataset)
+    seen = batches(drawn, 0, count, size, task.collate)
+    parts = [(batch, min(size, count - first)) for first, batch in seen]
 
     def at(checkpoint: int) -> Tensor:
         featurizer.at(checkpoint)
-        found = Features.concatenate([featurizer(batch, count) for batch, count in batches])
+        found = Features.concatenate([featurizer(*part) for part in parts])
         return found.columns["slope"][:, None] * found.rows
 
     return at
-
-
-def _batches(task: Task, dataset: Dataset, size: int) -> Sequence[tuple[Batch, int]]:
-    """A few examples drawn at random: (batch, how many)."""
-    count = min(_NUM_EXAMPLES, len(dataset))
-    drawn = np.random.default_rng(0).choice(len(dataset), count, replace=False)
-    parts = [drawn[first : first + size] for first in range(0, count, size)]
-    return [(collate([read(dataset, int(i)) for i in p], task.collate), len(p)) for p in parts]
