@@ -7,7 +7,8 @@
 influence → significance → groups   values from scores; what survives; by source and class
 knn_shapley, data_oob               values without gradients
 coalitions → semivalues → shift     any players, any utility; why performance changed
-nearest → duplicates, faults        what to look at: copies, leaks, wrong labels, outliers
+nearest → chance → duplicates       what to look at: copies, leaks
+nearest → faults                    … and wrong labels, outliers
 """
 
 from __future__ import annotations

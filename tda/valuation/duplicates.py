@@ -1,13 +1,18 @@
 """Examples that are nearly the same: within the training set, and between queries and training set.
 
-Two examples are near-duplicates when the model cannot tell them apart, neither by what it sees (the
-cosine of their last hidden layers) nor by what it would learn from them (the cosine of their
-gradients). Equal content is always found, whatever the model makes of it.
+    cos⟨h_a, h_b⟩ ≥ .995,     cos⟨∇f_a, ∇f_b⟩ ≥ .995,     λ(r_ab) too small to be chance
 
-A trained network may map much of a class onto one point of its last layer; so where gradients are
-stored both cosines must pass. Equal inputs with different labels have opposed gradients: across
-labels the last hidden layers must agree to rounding instead. Texts that differ by one word in ten
-or less are near-duplicates too, whatever the model makes of that word (`tda.valuation.texts`).
+Two examples are near-duplicates when the model cannot tell them apart, neither by what it sees
+(their last hidden layers h) nor by what it would learn from them (their gradients), and when they
+are nearer to each other than the density of the examples around them explains: a small or saturated
+network maps whole regions to one direction, and what lies there is no copy. λ is the number of
+examples that chance brings within their distance r (Levina and Bickel 2004), and of the examples
+called near-duplicates 1 in 20 at most is expected to be so by chance (Benjamini and Hochberg 1995):
+`tda.valuation.chance`. Equal inputs with different labels have opposed gradients: across labels the
+last hidden layers must agree to rounding instead.
+
+Two kinds are found whatever the model makes of them: equal content, and texts that differ by one
+word in ten or less (`tda.valuation.texts`).
 """
 
 from __future__ import annotations
@@ -24,6 +29,7 @@ from scipy.sparse.csgraph import connected_components
 from tda.errors import DataError
 from tda.run import Run
 from tda.scorer.ranking import limit_faiss_threads
+from tda.valuation.chance import expected, rare
 from tda.valuation.frames import frame
 from tda.valuation.last_rows import embeddings, gradients
 from tda.valuation.nearest import AROUND, ROUNDING, Neighbours, Space, unit
@@ -194,8 +200,10 @@ def _same(
 ) -> Pairs:
     """Near-identical pairs of two tables, or within one, by the rule at the top.
 
-    Candidates are the nearest of each example, and those of equal content: in a last layer that
-    maps thousands of examples onto one point, more pairs pass than can be looked at.
+    near: the nearest in ``space`` of each example of ``left``. rows: the directions of these, where
+    they are not those of ``space``. Candidates are the nearest of each example, and those of equal
+    content: in a last layer that maps thousands of examples onto one point, more pairs pass than
+    can be looked at.
     """
     one, two = space.unit if rows is None else rows, space.unit
     content = left.column("digest"), right.column("digest")
@@ -208,13 +216,15 @@ def _same(
     for some in _parts(len(a), two.shape[1]):
         similarity[some] = np.einsum("pd,pd->p", one[a[some]], two[b[some]])
     similarity = np.where(exact, 1.0, np.minimum(similarity, 1))
-    if not right.hidden:
-        return Pairs(a, b, similarity, similarity, exact, near.recall)
-    gradient = _gradient_cosines(left, right, a, b)
-    keep = exact | alike | (gradient >= threshold)
-    labels = _labels(left), _labels(right)
-    if labels[0] is not None and labels[1] is not None:
-        keep |= (labels[0][a] != labels[1][b]) & (similarity >= SAME)
+    gradient, close = similarity, np.ones(len(a), bool)
+    if right.hidden:
+        gradient = _gradient_cosines(left, right, a, b)
+        close = (gradient >= threshold) | _differ(left, right, a, b) & (similarity >= SAME)
+    asked = close & ~exact & ~alike
+    sides = (a[asked], b[asked]) if within else (a[asked],)
+    chance = expected(space, near, similarity[asked], *sides)
+    keep = exact | alike
+    keep[asked] = rare(left.num_rows, chance, *sides)
     return Pairs(a[keep], b[keep], similarity[keep], gradient[keep], exact[keep], near.recall)
 
 
@@ -298,6 +308,12 @@ def _pairs(found: Sequence[tuple[np.ndarray, ...]]) -> Pairs:
         np.full(count, np.nan),
         np.zeros(count, bool),
     )
+
+
+def _differ(left: Any, right: Any, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """``[pair]`` bool: their labels differ; False without labels."""
+    one, two = _labels(left), _labels(right)
+    return np.zeros(len(a), bool) if one is None or two is None else one[a] != two[b]
 
 
 def _labels(table: Any) -> np.ndarray | None:

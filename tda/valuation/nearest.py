@@ -70,7 +70,7 @@ class Space:
         itself = found.indices == np.arange(len(self.unit), dtype=np.int32)[:, None]
         itself[~itself.any(1), -1] = True  # among more than k copies of it: drop the last of them
         indices, similarity = (
-            of[~itself].reshape(-1, k) for of in (found.indices, found.similarity)
+            of[~itself].reshape(len(self.unit), k) for of in (found.indices, found.similarity)
         )
         return Neighbours(indices, similarity, found.recall)
 
