@@ -255,8 +255,13 @@ class Featurizer:
         """Gradients of examples spread evenly over the data, ``size`` at a time."""
         self.at(len(self.task.checkpoints) - 1)
         places = _spread(len(dataset), count)
-        batches = [places[first : first + size] for first in range(0, len(places), size)]
-        return [self.gradients(self._batch(dataset, b), len(b), consume) for b in batches]
+        found = []
+        for first in range(0, len(places), size):
+            some = places[first : first + size]
+            batch = self._batch(dataset, some)
+            self.task.measurement.check(batch, some)
+            found.append(self.gradients(batch, len(some), consume))
+        return found
 
     def _batch(self, dataset: Dataset, places: list[int]) -> Batch:
         return collate([read(dataset, i) for i in places], self.task.collate)
@@ -405,6 +410,7 @@ def _features(
     if featurizer.room is None or len(rows) <= featurizer.room:
         try:
             if compute is None:
+                featurizer.task.measurement.check(batch, rows)
                 return featurizer(batch, len(rows), train=table.name == "train")
             return compute(batch, rows)
         except InseparableError as error:

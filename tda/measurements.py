@@ -18,7 +18,7 @@ model's own prediction.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -44,6 +44,10 @@ class Link(NamedTuple):
     p: Tensor
 
 
+def any_target(batch: Batch, places: Sequence[int]) -> None:
+    """Every target has a meaning."""
+
+
 @dataclass(frozen=True)
 class Measurement:
     """A scalar of each example.
@@ -54,7 +58,9 @@ class Measurement:
     draw_weight: ``batch -> w [example]`` such that E w ∇ℓ∇ℓᵀ over draws is the Gauss–Newton
     matrix of ℓ; None where that is 1.
     hessian: ``(outputs, batch, u) -> ∇²ℓ u`` of each example, at the outputs of `predict`.
-    The last three are None where the likelihood is not known.
+    These three are None where the likelihood is not known.
+    check: ``(batch, places)`` raises DataError for targets without a meaning; places: of the
+    examples in their data set, to name them by.
     digest: changes when the code of ``output`` or ``link`` does, or what they were made with: what
     a partial, a closure, a default or a callable object held when the measurement was made.
     """
@@ -66,6 +72,7 @@ class Measurement:
     draw: Callable[[nn.Module, Batch, torch.Generator], Batch] | None = None
     draw_weight: Callable[[Batch], Tensor] | None = None
     hessian: Callable[[Tensor, Batch, Tensor], Tensor] | None = None
+    check: Callable[[Batch, Sequence[int]], None] = any_target
     digest: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -142,6 +149,13 @@ def logistic(f: Tensor, batch: Batch) -> Link:
     return Link(F.softplus(-f), -q, p * q, p)
 
 
+def binary(f: Tensor, batch: Batch) -> Link:
+    """ℓ = log(1+e^{−f}) + s·f, ℓ' = s − (1−p), s = min(y, 1−y) the share of the other label."""
+    y = target(batch).to(f).reshape(f.shape)
+    hard, share = logistic(f, batch), torch.minimum(y, 1 - y)
+    return hard._replace(loss=hard.loss + share * f, slope=hard.slope + share)
+
+
 def identity(f: Tensor, batch: Batch) -> Link:
     """ℓ = f."""
     one = torch.ones_like(f)
@@ -172,11 +186,25 @@ def log_odds(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def binary_log_odds(model: nn.Module, batch: Batch) -> Tensor:
-    """(2y−1)·z from one logit an example and y in {0, 1}."""
+    """±z from one logit an example: the log-odds of the label that y in [0, 1] is nearer to."""
     logit, label = predict(model, batch), target(batch)
     _check_scalar("binary_cross_entropy", logit, label)
-    sign = 2 * label.to(logit.dtype) - 1
+    sign = 2 * (label >= 0.5).to(logit.dtype) - 1
     return sign.reshape(len(logit)) * logit.reshape(len(logit))
+
+
+def probabilities(batch: Batch, places: Sequence[int]) -> None:
+    """Raises DataError for a target outside [0, 1]: a soft label is one, −1 for "no" is not."""
+    y = target(batch)
+    wrong = (~((y >= 0) & (y <= 1))).nonzero().tolist()  # NaN, too
+    if wrong:
+        raise DataError(
+            "a target of binary cross-entropy is no probability",
+            where=f"example {places[wrong[0][0]]}",
+            found=y[tuple(wrong[0])].item(),
+            wanted="0 or 1, or what is between for a soft label",
+            do="give (y + 1) / 2 of targets that are ±1",
+        )
 
 
 def prediction(model: nn.Module, batch: Batch) -> Tensor:
@@ -341,17 +369,21 @@ def tokens_hessian(outputs: Tensor, batch: Batch, u: Tensor) -> Tensor:
 _KNOWN = (
     Measurement("cross_entropy", log_odds, logistic, True, draw_class, None, softmax_hessian),
     Measurement(
-        "binary_cross_entropy", binary_log_odds, logistic, True, draw_binary, None, sigmoid_hessian
+        "binary_cross_entropy", binary_log_odds, binary, True,
+        draw_binary, None, sigmoid_hessian, probabilities,
     ),
     Measurement("squared_error", prediction, half_square, False, draw_normal, None, unit_hessian),
     Measurement(
         "mean_squared_error", squared_errors, identity, False, draw_normals, None, mean_hessian
     ),
-    Measurement("multi_label", binary_losses, identity, False, draw_binary, None, sigmoid_hessian),
+    Measurement(
+        "multi_label", binary_losses, identity, False,
+        draw_binary, None, sigmoid_hessian, probabilities,
+    ),
     Measurement(
         "causal_lm", next_token_loss, identity, False, draw_tokens, num_tokens, tokens_hessian
     ),
-)
+)  # fmt: skip
 MEASUREMENTS: dict[str, Measurement] = {m.name: m for m in _KNOWN}
 
 

@@ -278,3 +278,40 @@ def test_what_are_no_numbers_are_refused_with_how_to_number_them(tmp_path, name)
     task = tda.Task(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(6, 3)))
     with pytest.raises(DataError, match=message + r"[^§]*np\.unique\(names"):
         tda.index(task, given, tmp_path / "run", progress=False)
+
+
+LOGIT = torch.nn.Linear(6, 1)
+SCALED = torch.linspace(-1, 1, 40 * 6).reshape(40, 6)
+
+
+@pytest.mark.parametrize("measurement", ["binary_cross_entropy", "multi_label"])
+@pytest.mark.parametrize("wrong", [-1.0, 1.5, np.nan])
+def test_a_target_that_is_no_probability_is_refused_by_example(tmp_path, measurement, wrong):
+    """Of labels ±1 the cross-entropy is a number, and means nothing."""
+    task = tda.Task(LOGIT, measurement=measurement)
+    labels = torch.arange(40.0).remainder(2).reshape(40, 1)
+    labels[17] = wrong
+    message = rf"no probability[^§]*example 17[^§]*{wrong}[^§]*±1"
+    with pytest.raises(DataError, match=message):
+        tda.index(task, (SCALED, labels), tmp_path / "run", batch_size=4, progress=False)
+    with pytest.raises(DataError, match=message):
+        tda.attribute(task, (SCALED, labels), (SCALED[:2], labels[:2]), "grad_dot", progress=False)
+
+
+def test_soft_labels_have_the_loss_and_gradients_of_their_cross_entropy(tmp_path):
+    labels = torch.linspace(0, 1, 40)[:, None]
+    queries = SCALED[:3], labels[:3]
+    found = {}
+    for measurement in ("binary_cross_entropy", "multi_label"):
+        task = tda.Task(LOGIT, measurement=measurement)
+        options = {"projection": "identity", "dtype": "float32", "progress": False}
+        run = tda.index(task, (SCALED, labels), tmp_path / measurement, **options)
+        loss = run.store.table("train").column("loss")[0]
+        logits = LOGIT(SCALED).detach()
+        wanted = torch.nn.functional.binary_cross_entropy_with_logits(
+            logits, labels, reduction="none"
+        )
+        np.testing.assert_allclose(loss, wanted[:, 0], rtol=1e-5)
+        found[measurement] = run.scores(queries, "grad_dot").compute()
+    one, other = found.values()
+    np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)

@@ -227,7 +227,9 @@ class _Method:
         """(first example, number of examples, batch)."""
         count = len(data)
         for first, batch in batches(data, 0, count, self.batch_size, self.task.collate):
-            yield first, min(self.batch_size, count - first), batch
+            size = min(self.batch_size, count - first)
+            self.task.measurement.check(batch, range(first, first + size))
+            yield first, size, batch
 
     def link(self, output: Tensor, batch: Any) -> Link:
         with torch.no_grad():
