@@ -269,6 +269,25 @@ def next_tokens(batch: Batch) -> Tensor:
     return target(batch)
 
 
+def unmoved(batch: Batch, places: Sequence[int]) -> None:
+    """Raises DataError where every target is the next token already, and would be moved twice."""
+    given = batch[0] if isinstance(batch, tuple) else batch.get("input", batch)
+    tokens = given.get("input_ids") if isinstance(given, Mapping) else given
+    labels = next_tokens(batch)
+    if not isinstance(tokens, Tensor) or tokens.shape != labels.shape:
+        return
+    counts = labels[:, :-1] != -100
+    here, following, own = labels[:, :-1][counts], tokens[:, 1:][counts], tokens[:, :-1][counts]
+    if torch.equal(here, following) and not torch.equal(here, own):
+        raise DataError(
+            "the targets of causal_lm are those of the next token already",
+            where=f"example {places[0]}",
+            found="target[i] = input[i+1]",
+            wanted="target[i] = input[i], or −100 where left out: causal_lm moves them itself",
+            do="give the tokens as their own target, (tokens, tokens), or a batch without labels",
+        )
+
+
 def num_tokens(batch: Batch) -> Tensor:
     """Number of predicted tokens of each example, at least 1.
 
@@ -381,7 +400,8 @@ _KNOWN = (
         draw_binary, None, sigmoid_hessian, probabilities,
     ),
     Measurement(
-        "causal_lm", next_token_loss, identity, False, draw_tokens, num_tokens, tokens_hessian
+        "causal_lm", next_token_loss, identity, False,
+        draw_tokens, num_tokens, tokens_hessian, unmoved,
     ),
 )  # fmt: skip
 MEASUREMENTS: dict[str, Measurement] = {m.name: m for m in _KNOWN}

@@ -315,3 +315,39 @@ def test_soft_labels_have_the_loss_and_gradients_of_their_cross_entropy(tmp_path
         found[measurement] = run.scores(queries, "grad_dot").compute()
     one, other = found.values()
     np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
+TEXTS = torch.tensor([[1, 2, 3, 3, 4], [2, 2, 0, 1, 3], [4, 3, 2, 1, 0]])
+AFTER = torch.cat([TEXTS[:, 1:], torch.full((3, 1), -100)], 1)
+HALF = torch.where(torch.arange(5) < 2, -100, AFTER)
+MOVED = {
+    "tuples": (TEXTS, AFTER),
+    "dict": {"input": TEXTS, "target": AFTER},
+    "Hugging Face": {"input_ids": TEXTS, "labels": AFTER},
+    "prompts left out": (TEXTS, HALF),
+}
+
+
+class Bigrams(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.nn.Embedding(5, 5)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.table(input_ids)
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_targets_that_are_the_next_tokens_already_are_refused(tmp_path, name):
+    task = tda.Task(Bigrams(), measurement="causal_lm")
+    with pytest.raises(DataError, match=r"next token already[^§]*example 0[^§]*\(tokens, tokens\)"):
+        tda.index(task, MOVED[name], tmp_path / "run", progress=False)
+
+
+def test_tokens_as_their_own_targets_are_taken_also_where_they_repeat(tmp_path):
+    same = torch.ones(3, 5, dtype=torch.int64)
+    masked = torch.where(torch.arange(5) < 2, -100, TEXTS)
+    alike = torch.where(torch.arange(5) < 4, -100, TEXTS)  # only the last counts
+    task = tda.Task(Bigrams(), measurement="causal_lm")
+    for number, data in enumerate([(same, same), (TEXTS, masked), (TEXTS, alike)]):
+        tda.index(task, data, tmp_path / str(number), progress=False)
