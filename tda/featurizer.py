@@ -386,6 +386,8 @@ def fill(
     if batch_size == "auto":
         size *= featurizer.num_shares
     for rows, batch in ahead(reading(dataset, start, stop, size, collate_with)):
+        if compute is None:
+            featurizer.task.measurement.check(batch, rows)
         features = _features(featurizer, table, dataset, batch, rows, compute)
         _check_finite(features, table, rows, checkpoint)
         features = features.with_embedding(table.hidden or 0)
@@ -410,7 +412,6 @@ def _features(
     if featurizer.room is None or len(rows) <= featurizer.room:
         try:
             if compute is None:
-                featurizer.task.measurement.check(batch, rows)
                 return featurizer(batch, len(rows), train=table.name == "train")
             return compute(batch, rows)
         except InseparableError as error:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,6 +30,8 @@ from torch import Tensor, nn
 from tda.data import NUMBERED, Batch
 from tda.errors import DataError, TaskError
 from tda.identity import digest, settings_of, source_of
+
+Places = Sequence[int] | np.ndarray
 
 
 class Link(NamedTuple):
@@ -44,7 +47,7 @@ class Link(NamedTuple):
     p: Tensor
 
 
-def any_target(batch: Batch, places: Sequence[int]) -> None:
+def any_target(batch: Batch, places: Places) -> None:
     """Every target has a meaning."""
 
 
@@ -72,7 +75,7 @@ class Measurement:
     draw: Callable[[nn.Module, Batch, torch.Generator], Batch] | None = None
     draw_weight: Callable[[Batch], Tensor] | None = None
     hessian: Callable[[Tensor, Batch, Tensor], Tensor] | None = None
-    check: Callable[[Batch, Sequence[int]], None] = any_target
+    check: Callable[[Batch, Places], None] = any_target
     digest: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -81,8 +84,8 @@ class Measurement:
 
     @property
     def scalar(self) -> bool:
-        """Whether the model has one output an example, which f is or follows from."""
-        return self.output in (binary_log_odds, prediction)
+        """Whether a run needs no table for its Gauss–Newton matrix: see `is_scalar`."""
+        return is_scalar({"name": self.name, "digest": self.digest})
 
 
 def predict(model: nn.Module, batch: Batch) -> Tensor:
@@ -193,7 +196,7 @@ def binary_log_odds(model: nn.Module, batch: Batch) -> Tensor:
     return sign.reshape(len(logit)) * logit.reshape(len(logit))
 
 
-def probabilities(batch: Batch, places: Sequence[int]) -> None:
+def probabilities(batch: Batch, places: Places) -> None:
     """Raises DataError for a target outside [0, 1]: a soft label is one, −1 for "no" is not."""
     y = target(batch)
     wrong = (~((y >= 0) & (y <= 1))).nonzero().tolist()  # NaN, too
@@ -269,7 +272,7 @@ def next_tokens(batch: Batch) -> Tensor:
     return target(batch)
 
 
-def unmoved(batch: Batch, places: Sequence[int]) -> None:
+def unmoved(batch: Batch, places: Places) -> None:
     """Raises DataError where every target is the next token already, and would be moved twice."""
     given = batch[0] if isinstance(batch, tuple) else batch.get("input", batch)
     tokens = given.get("input_ids") if isinstance(given, Mapping) else given
@@ -408,10 +411,13 @@ MEASUREMENTS: dict[str, Measurement] = {m.name: m for m in _KNOWN}
 
 
 def is_scalar(record: Mapping[str, Any]) -> bool:
-    """Whether a manifest's measurement is of one output an example: ℓ''(f)·∇f∇fᵀ is then the whole
-    Gauss–Newton matrix of the example."""
+    """Whether a manifest's measurement is one of ours of one output an example: ℓ''(f)·∇f∇fᵀ is
+    then the whole Gauss–Newton matrix of the example. What the link of another says is not known.
+    """
     known = MEASUREMENTS.get(record["name"])
-    return known is not None and known.scalar and known.digest == record.get("digest")
+    if known is None or known.digest != record.get("digest"):
+        return False
+    return known.output in (binary_log_odds, prediction)
 
 
 def as_measurement(given: Any) -> Measurement:

@@ -22,6 +22,7 @@ from torch.utils.data import default_collate
 import tda
 from tda.curvature.sampling import draw
 from tda.errors import MismatchError, StoreError, TaskError
+from tda.measurements import MEASUREMENTS
 from tda.store import Table
 
 EXACT = {"projection": "identity", "dtype": "float32", "progress": False}
@@ -341,6 +342,23 @@ def test_a_model_of_one_output_has_its_gauss_newton_matrix_without_a_table(name,
     assert not (path / "curvature").exists()
     found, same = (run.scores(problem.queries, r).compute() for r in ("influence_gn", "influence"))
     np.testing.assert_allclose(found, same, rtol=1e-5, atol=1e-6 * np.abs(same).max())
+
+
+def test_a_custom_measurement_of_one_output_takes_a_table_or_says_what_it_lacks(tmp_path):
+    """Of its own link nothing is known but that draws of its likelihood give the matrix."""
+    problem, own = problems.problem("ridge"), replace(MEASUREMENTS["squared_error"], name="own")
+    first = make_task(problem).checkpoints[:1]
+    same = tda.Task(problem.make(), first, "squared_error")
+    exact = tda.index(same, problem.train, tmp_path / "exact", **EXACT)
+    task = tda.Task(problem.make(), first, own)
+    run = tda.index(task, problem.train, tmp_path / "drawn", **EXACT)
+    run.add_curvature(problem.train, num_rows=2000)
+    rows = exact.store.table("train").rows(0, 0, len(problem.train)).double().numpy()
+    assert relative(estimate(run.store.table("curvature"), 0), rows.T @ rows / len(rows)) < 0.2
+    assert run.scores(problem.queries, "influence_gn").compute().shape[0] == len(problem.queries)
+    silent = tda.Task(problem.make(), first, replace(own, draw=None))
+    with pytest.raises(TaskError, match=r"'own' is not known[^§]*no likelihood[^§]*`draw`"):
+        tda.open(run.path, silent).add_curvature(problem.train)
 
 
 def test_a_loss_without_a_likelihood_is_refused(tmp_path):

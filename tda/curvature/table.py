@@ -60,7 +60,8 @@ def check_measurement(measurement: Measurement) -> None:
             f"the Gauss–Newton matrix of measurement {measurement.name!r} is not known",
             found="no likelihood: targets cannot be drawn from the model",
             wanted="a Measurement with `draw`, such as cross_entropy, multi_label or causal_lm",
-            do="give the Measurement a `draw`, or use a recipe that needs no Gauss–Newton rows",
+            do="give the Measurement a `draw`, or use a recipe that needs no Gauss–Newton rows, "
+            "such as influence",
         )
 
 
