@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 from tda.errors import MismatchError, StoreError
 from tda.gradients import shapes_of
-from tda.projection import Bases, bases_from_bytes, bases_to_bytes
+from tda.projection import Bases, Counts, bases_from_bytes, bases_to_bytes
 from tda.store.files import Place, read_file, write_file
 from tda.store.manifest import bases_by_checkpoint, bases_digest, bases_file, bases_files
 
 if TYPE_CHECKING:
     from tda.task import Task
 
-Fit = Callable[[int, Bases | None], Bases]  # checkpoint, bases whose layout is kept -> its bases
+Fit = Callable[[int, Counts | None], Bases]  # checkpoint, the layout that is kept -> its bases
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,9 @@ def fit_bases(
     for training in sorted(trainings, key=max, reverse=True):
         digest = next((of[c] for c in training if c in of), None)
         if digest is None:
-            found = fit(max(training), bases.get(first))
+            first_bases = bases.get(first, {})
+            layout = {name: len(row) for name, (_, _, row, _) in first_bases.items()} or None
+            found = fit(max(training), layout)
             data = bases_to_bytes(found)
             digest = bases_digest(data)
             first = first or digest

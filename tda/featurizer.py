@@ -25,7 +25,7 @@ from tda.gradients import Audit, Consume, Convolved, Dense, Factor, Gradients, s
 from tda.gradients.rules import InseparableError
 from tda.measurements import Link
 from tda.progress import Tick, progress_bar
-from tda.projection import Bases, Pilot, Projection, Projector, Shapes, rank_one
+from tda.projection import Bases, Counts, Pilot, Projection, Projector, Shapes, rank_one
 from tda.projection.tiles import square_norm
 from tda.reading import Rows, ahead, reading
 from tda.store import Table
@@ -235,21 +235,21 @@ class Featurizer:
         batch_size: BatchSize,
         progress: bool,
         checkpoint: int = -1,
-        first: Bases | None = None,
+        counts: Counts | None = None,
     ) -> Bases:
         """The bases a projection takes from some of the data, at a checkpoint or the last one.
 
-        first: those of another training, after which an eigenbasis lays out its rows.
+        counts: the numbers of each parameter, where rows have a layout already.
         Here, also where a cluster is open: of ``num_fit`` examples (4,096) whatever the number of
         all, and its sums are as large as the model's layers squared, too much to send about.
         """
         if projection.kind != "eigenbasis":
-            return projection.fit(self.pilot(dataset), shapes_of(self.task.model))
+            return projection.fit(self.pilot(dataset), shapes_of(self.task.model), counts)
         count = min(projection.num_fit, len(dataset))
         size = self.batch_size(batch_size, dataset)
         with progress_bar("fitting the eigenbasis", 2 * count, progress) as tick:
             fitted = kfac.fit(self.task, dataset, checkpoint, count, projection.seed, size, tick)
-        return projection.select(fitted.blocks, first)
+        return projection.select(fitted.blocks, counts)
 
     def _sample(self, dataset: Dataset, count: int, size: int, consume: Consume) -> list[Any]:
         """Gradients of examples spread evenly over the data, ``size`` at a time."""

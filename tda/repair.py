@@ -14,14 +14,12 @@ from tda.data import as_dataset, describe
 from tda.errors import StoreError
 from tda.featurizer import Featurizer, filler
 from tda.filling import Filling
-from tda.gradients import shapes_of
-from tda.projection import Projection, bases_from_bytes, bases_to_bytes
+from tda.projection import Projection, bases_to_bytes
 from tda.store import Fault, Table
-from tda.store.files import read_file, remove_file, write_file
+from tda.store.files import remove_file, write_file
 from tda.store.local import TMP
 from tda.store.lock import sole_writer
 from tda.store.manifest import (
-    BASES,
     CURVATURE,
     QUERIES,
     TRAIN,
@@ -133,9 +131,7 @@ def _bases(run: Run, file: str, digest: str, dataset: Any, batch_size: BatchSize
     manifest, task = run.store.manifest, run.task
     assert task is not None
     projection, digests = Projection.stored(manifest["projection"]), bases_by_checkpoint(manifest)
-    layout = None
-    if file != BASES:  # of another training than the first, which has been mended by now
-        layout = bases_from_bytes(read_file(run.path / BASES) or b"", shapes_of(task.model))
+    layout = {layer["name"]: layer["size"] for layer in manifest.get("layers", ())} or None
     last = max(place for place, one in enumerate(digests) if one == digest)
     fit = Featurizer(task).fit
     found = bases_to_bytes(fit(projection, as_dataset(dataset), batch_size, False, last, layout))

@@ -203,12 +203,15 @@ def pilot(**norms: float) -> Pilot:
 def test_bases_of_several_parameters_use_the_numbers_asked_for(dim):
     """Never more; a block is a rectangle, so of each less than its longer side may be missing."""
     found = pilot(wide=1.0, head=1.0, bias=2.0)
-    shares = found._shares(dim, SIZES)
+    shares = found.shares(dim, SIZES)
     assert sum(shares.values()) == min(dim, 1288)
-    bases = found.bases(SIZES, dim, None, False, 0)
+    bases = found.bases(SIZES, shares, False, 0)
     counts = {name: len(left) * len(right) for name, (left, right) in bases.items()}
     for name, share in shares.items():
         assert share - max(SIZES[name]) < counts.get(name, 0) <= share <= np.prod(SIZES[name])
+    again = found.bases(SIZES, counts, False, 0)  # the layout of the rows tells all of it
+    assert again.keys() == bases.keys()
+    assert all(torch.equal(a, b) for n in bases for a, b in zip(again[n], bases[n], strict=True))
     assert Projection("kronecker", dim).bind(SIZES, bases).dim == sum(counts.values()) > 0
 
 
@@ -216,7 +219,7 @@ def test_bases_of_several_parameters_use_the_numbers_asked_for(dim):
 def test_what_a_parameter_cannot_take_goes_to_the_others_by_their_norms(dim):
     """share_p = min(size_p, t·‖∇_p‖) with one t for all, to one number."""
     norms = {"wide": 1.0, "head": 0.5, "bias": 2.0}
-    shares = pilot(**norms)._shares(dim, SIZES)
+    shares = pilot(**norms).shares(dim, SIZES)
 
     def given(t: float) -> float:
         return sum(min(np.prod(SIZES[name]), t * norm) for name, norm in norms.items())

@@ -259,6 +259,19 @@ def test_layout_and_bases_are_put_right_without_computing_rows(run, computed):
     assert without_cache(run.path) == before
 
 
+@pytest.mark.parametrize("kind", ["kronecker", "two_stage"])
+@pytest.mark.parametrize("dim", [13, 26, 34])
+def test_bases_whose_sides_do_not_use_up_the_dimension_are_fitted_again(tmp_path, kind, dim):
+    """By the layout of the rows: the dimension that was asked for is no longer known."""
+    options = {"projection": kind, "proj_dim": dim, "progress": False}
+    run = tda.index(make_task(), data(), tmp_path / "run", **options)
+    before = without_cache(run.path)
+    (run.path / "projection.npz").unlink()
+    done = repair(run, data())
+    assert done.after == [] and done.written == ["projection.npz"]
+    assert without_cache(run.path) == before
+
+
 def test_what_cannot_be_computed_is_left_and_said(run):
     flip(run.path / "queries/q/rows/c/0/0/0")
     flip(run.path / "train/rows/c/0/0/0")

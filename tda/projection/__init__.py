@@ -37,6 +37,7 @@ from tda.gradients import Factor
 from tda.projection.eigenbasis import Eigen, Eigenbasis, largest
 from tda.projection.kronecker import (
     Bases,
+    Counts,
     Kronecker,
     Pilot,
     bases_from_bytes,
@@ -47,7 +48,7 @@ from tda.projection.sketches import CountSketch, Identity, Rademacher
 from tda.projection.tiles import Shapes
 
 __all__ = [
-    "Bases", "KINDS", "Pilot", "Projection", "Projector", "Shapes", "bases_from_bytes",
+    "Bases", "Counts", "KINDS", "Pilot", "Projection", "Projector", "Shapes", "bases_from_bytes",
     "bases_to_bytes", "rank_one",
 ]  # fmt: skip
 
@@ -117,18 +118,19 @@ class Projection:
         """Whether gradients of a few examples must be seen before it is defined."""
         return self.kind in ("two_stage", "kronecker", "eigenbasis")
 
-    def select(self, curvature: Mapping[str, Eigen], first: Bases | None = None) -> Bases:
+    def select(self, curvature: Mapping[str, Eigen], counts: Counts | None = None) -> Bases:
         """The bases of an eigenbasis: the ``dim`` coordinates of the largest curvature; or of each
-        parameter as many as ``first`` has."""
-        if first is None:
-            return largest(curvature, self.dim)
-        counts = {name: len(row) for name, (_, _, row, _) in first.items()}
+        parameter as many as in ``counts``."""
         return largest(curvature, self.dim, counts)
 
-    def fit(self, pilot: Pilot, shapes: Shapes) -> Bases:
-        """The bases this projection takes from a pilot's second moments."""
-        rank = self.rank if self.kind == "two_stage" else None
-        return pilot.bases(shapes, self.dim, rank, self.basis == "random", self.seed)
+    def fit(self, pilot: Pilot, shapes: Shapes, counts: Counts | None = None) -> Bases:
+        """The bases this projection takes from a pilot's second moments; counts: the numbers that
+        each parameter has, where ``dim`` has been shared out before."""
+        if self.kind == "two_stage":
+            counts = dict.fromkeys(shapes, self.rank**2)
+        elif counts is None:
+            counts = pilot.shares(self.dim, shapes)
+        return pilot.bases(shapes, counts, self.basis == "random", self.seed)
 
     def spec(self) -> dict[str, Any]:
         """The fields that matter for this kind, for the manifest."""

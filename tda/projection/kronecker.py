@@ -22,6 +22,7 @@ _SUBSPACE_STEPS = 4
 _LARGE = 2**22  # numbers of a gradient of several factors: formed for one example at a time
 # parameter -> left [m, O], right [r, I]; of an eigenbasis, also the row and column of coordinates.
 Bases = dict[str, tuple[Tensor, ...]]
+Counts = Mapping[str, int]  # parameter -> numbers it has in a row
 _PARTS = ("left", "right", "row", "column")
 
 
@@ -89,21 +90,22 @@ class Pilot:
             square = float(square_norm(factors).double().sum())
             self.energy[name] = self.energy.get(name, 0.0) + square
 
-    def bases(self, shapes: Shapes, dim: int, rank: int | None, random: bool, seed: int) -> Bases:
-        """Bases with ``rank``² numbers a parameter; or, without a rank, ``dim`` shared out.
-
-        A parameter's share of ``dim`` is its share of the gradient norm, and at most its size: what
-        it cannot take goes to the others. One whose share is nothing has no bases.
+    def bases(self, shapes: Shapes, counts: Counts, random: bool, seed: int) -> Bases:
+        """Bases with ``counts`` numbers a parameter, or a few less where they are no product of two
+        sides; given what came out, the same. A parameter without any has no bases.
         """
-        budgets = self._shares(dim, shapes) if rank is None else dict.fromkeys(shapes, rank**2)
         return {
-            name: self._pair(name, shape, budgets[name], random, seed)
+            name: self._pair(name, shape, counts[name], random, seed)
             for name, shape in shapes.items()
-            if budgets[name]
+            if counts.get(name)
         }
 
-    def _shares(self, dim: int, shapes: Shapes) -> dict[str, int]:
-        """min(dim, all sizes) numbers, by largest remainders."""
+    def shares(self, dim: int, shapes: Shapes) -> Counts:
+        """min(dim, all sizes) numbers, by largest remainders.
+
+        A parameter's share of ``dim`` is its share of the gradient norm, and at most its size: what
+        it cannot take goes to the others.
+        """
         sizes = {name: rows * width for name, (rows, width) in shapes.items()}
         norms = {name: self.energy.get(name, 0.0) ** 0.5 for name in shapes}
         left, found, shares = dim, dict.fromkeys(shapes, 0), _divided(dim, norms)
