@@ -152,7 +152,7 @@ def make_store(
                 "name": f"step {c}",
                 "step": 10 * (c + 1),
                 "learning_rate": 0.1 / (c + 1),
-                "digest": str(c),
+                "digest": f"{seed}/{c}",
             }
             for c in range(num_checkpoints)
         ],

@@ -208,6 +208,24 @@ def test_runs_are_independent_replicates(tmp_path):
         valuation.values([runs[0], run_of(tmp_path / "x", num_train=39)], "q")
 
 
+def test_a_training_that_several_runs_hold_counts_once(tmp_path):
+    """Whatever else is in them: it says nothing of how much a training changes."""
+    first, other = (run_of(tmp_path / str(seed), seed=seed) for seed in range(2))
+    once, pair = (valuation.values(runs, "q") for runs in (first, [first, other]))
+    again, ending = run_of(tmp_path / "again"), run_of(tmp_path / "ending", steps=(2,))
+    (record,) = ending.store.manifest["checkpoints"]
+    record["digest"] = first.store.manifest["checkpoints"][-1]["digest"]
+    for runs, wanted in (
+        ([first, again], once),
+        ([first, ending, again], once),
+        ([first, again, other], pair),
+    ):
+        found = valuation.values(runs, "q")
+        assert found.independent == wanted.independent and found.covers == wanted.covers
+        np.testing.assert_array_equal(found.replicates, wanted.replicates)
+    assert not once.independent and "2 of them" in pair.covers
+
+
 def test_runs_of_other_queries_are_not_averaged(tmp_path):
     """One name, but other contents, another number, or other slices: a sum over other queries."""
     labels = np.array([1, 0, 1, 2, 0, 0])
@@ -219,7 +237,7 @@ def test_runs_of_other_queries_are_not_averaged(tmp_path):
         with pytest.raises(MismatchError, match="'q' is not the same") as raised:
             valuation.values([first, other], "q")
         assert str(tmp_path / "b") in raised.value.where
-    turned = with_queries(run_of(tmp_path / "b"), label=labels[::-1])
+    turned = with_queries(run_of(tmp_path / "b", seed=1), label=labels[::-1])
     assert len(valuation.values([first, turned], "q").replicates) == 2
     with pytest.raises(MismatchError, match="not sliced alike") as raised:
         valuation.values([first, turned], "q", by="label")

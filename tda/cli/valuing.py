@@ -287,11 +287,15 @@ def _row(mine: Values, ids: np.ndarray, index: int) -> tuple[str, ...]:
         str(ids[index]),
         f"{mine.mean[index]:+.3g}",
         "–" if low is None or high is None else _interval(low, high),
-        "–" if sure is None or low is None else f"{sure.p[index]:.2g}",
-        "–" if sure is None or low is None else f"{sure.q[index]:.2g}",
+        "–" if sure is None else _known(sure.p[index]),
+        "–" if sure is None else _known(sure.q[index]),
         "–" if reliable is None else "yes" if reliable else "no",
     )
 
 
 def _interval(low: float, high: float) -> str:
     return f"{low:+.3g} … {high:+.3g}" if np.isfinite(low) else "–"
+
+
+def _known(number: float) -> str:
+    return f"{number:.2g}" if np.isfinite(number) else "–"

@@ -45,6 +45,11 @@ def by_training(checkpoints: Sequence[Record]) -> list[list[int]]:
     return list(merged.values())
 
 
+def trained_to(checkpoints: Sequence[Record]) -> frozenset[Any]:
+    """What tells trainings apart: the weights each of them ended with, before noise."""
+    return frozenset(_source(checkpoints[group[-1]]) for group in by_training(checkpoints))
+
+
 def _source(checkpoint: Record) -> Any:
     """The digest of a checkpoint's weights before there was noise on them."""
     return checkpoint.get("noise_of", checkpoint["digest"])

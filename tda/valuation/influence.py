@@ -25,6 +25,7 @@ from tda.errors import DataError, MismatchError
 from tda.recipe import Recipe
 from tda.run import Run
 from tda.scorer.replicates import num_parts, trainings
+from tda.training.schedule import trained_to
 from tda.valuation.frames import frame
 from tda.valuation.metrics import for_metric, query_weights
 from tda.valuation.significance import Significance, significance_of
@@ -118,7 +119,8 @@ def values(
 ) -> Values:
     """Values of every training example for a query set, or for slices of it.
 
-    runs: a run, or runs of independent trainings on the same data, each of which is a replicate.
+    runs: a run, or runs of independent trainings on the same data, each of which is a replicate;
+    one whose trainings are all in those before it is none, and is left out.
     queries: the name of a stored query set, or a data set. by: None for all queries together, a
     column of the query set ("label", "source", "group"), a slice for some of the queries alone, or
     one name a query ``[query]``. metric: "loss", "margin" or "accuracy" (`tda.valuation.metrics`)
@@ -144,11 +146,15 @@ def values(
     chosen = for_metric(given[0].recipe(recipe), metric, measurement)
     asked = [_asked(run, queries, by) for run in given]
     _require_same(given, asked)
-    pairs = zip(given, asked, strict=True)
+    pairs, known = [], frozenset[Any]()
+    for run, one in zip(given, asked, strict=True):
+        if not (own := trained_to(run.store.manifest["checkpoints"])) <= known:
+            pairs.append((run, one))
+            known |= own
     found = [_one_run(run, one, chosen, metric) for run, one in pairs]
     if len(found) == 1:
         return found[0]
-    first, seeds = found[0], {run.store.manifest["projection"].get("seed") for run in given}
+    first, seeds = found[0], {run.store.manifest["projection"].get("seed") for run, _ in pairs}
     parts = [one.parts for one in found if one.parts is not None]
     shared = len(seeds) == 1 and len(parts) == len(found)
     return Values(
