@@ -88,7 +88,14 @@ def repair(
     for name, data in (queries or {}).items():
         if _named(damaged, f"{QUERIES}/{name}"):
             _table(run, f"{QUERIES}/{name}", data, batch_size, progress, computed)
-    after = verify(run.path, withdraw=False)
+    given = tuple(f"{QUERIES}/{name}/" for name in queries or {})
+
+    def is_at_hand(fault: Fault) -> bool:
+        return not fault.path.startswith(f"{QUERIES}/") or fault.path.startswith(given)
+
+    # Of what was not at hand only marks have changed: they were withdrawn.
+    after = [fault for fault in before if not is_at_hand(fault) and fault.path not in written]
+    after += filter(is_at_hand, verify(run.path, withdraw=False))
     left = {fault.path for fault in after}
     done = {f"{name}/{key}" for name, c, i in computed for key in _files(run, name, c, i)}
     written += sorted(damaged - left - done - {*written})
