@@ -234,6 +234,7 @@ class Run:
 
     def _name(self, queries: Any) -> str:
         if not isinstance(queries, str):
+            self.store.table("train").require_complete()  # before queries are computed
             return self.add_queries(queries)
         if queries not in self.queries:
             raise StoreError(

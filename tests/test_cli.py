@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 import tda
 from tda.cli import app
 from tda.cli.exits import PREEMPTED, Commands
+from tda.config import load_config
 from tda.errors import StoreError
 
 JOB = """
@@ -255,6 +256,27 @@ def test_answers_never_replace_what_are_no_answers(run, tmp_path):
         ran("query", run, "--out", tmp_path / "answers.parquet")
 
 
+def test_a_run_without_query_sets_says_how_to_ask_it(config, tmp_path):
+    path = f"run.path={tmp_path / 'run'}"
+    ran("index", config, "--set", path, "--set", "workload.queries={}")
+    said = ran("query", tmp_path / "run", code=1).stderr
+    assert "no query set" in said and "name its configuration in place of the run" in said
+    assert "add_queries(dataset, name)" in said
+    said = ran("query", config, "--set", path, "--set", "workload.queries={}", code=1).stderr
+    assert "add it to [workload] queries" in said and "in place of the run" not in said
+
+
+def test_queries_are_not_computed_for_a_run_that_is_not_finished(config, tmp_path):
+    path = f"run.path={tmp_path / 'run'}"
+    ran("index", config, "--set", path, "--set", "workload.queries={}")
+    next((tmp_path / "run/train/done").glob("c*.json")).unlink()
+    assert "tda index" in ran("query", config, "--set", path, code=1).stderr
+    run = tda.open(tmp_path / "run", load_config(config).build_task())
+    with pytest.raises(StoreError, match=r"1 of 8 chunks"):
+        run.top_k((np.zeros((2, 6), "f4"), np.zeros(2, "i8")))
+    assert run.queries == []
+
+
 def test_report_writes_one_page_and_prints_its_path(run):
     path = Path(ran("report", run).output.splitlines()[-1])
     assert path == run / "report.html"
@@ -276,7 +298,6 @@ def test_verify_passes_a_sound_run_and_names_an_altered_chunk(config, tmp_path):
 
 def test_plan_counts_what_index_then_writes_and_leaves_nothing_behind(config, run, tmp_path):
     from tda.cli.planning import plan
-    from tda.config import load_config
 
     planned = plan(load_config(config, [f"run.path={tmp_path / 'run'}"]))
     assert (planned.num_train, planned.num_queries, planned.num_checkpoints) == (33, 4, 2)

@@ -21,7 +21,7 @@ from tda.config import Config, QuerySection, ValueSection, load_config
 from tda.errors import ConfigError, StoreError
 from tda.store.files import Place, Remote, as_place, stat_file
 from tda.store.lock import waiting
-from tda.store.manifest import NAME
+from tda.store.manifest import NAME, TRAIN
 from tda.store.remote import traffic, traffic_said
 
 if TYPE_CHECKING:
@@ -76,7 +76,8 @@ class Opened:
         """The query set that is meant, stored in the run.
 
         One that the configuration names is featurized now if the run does not hold it yet.
-        Raises ConfigError when ``name`` is None and there is not exactly one.
+        Raises ConfigError when ``name`` is None and there is not exactly one, and StoreError before
+        it computes anything if the training set is not indexed to the end.
         """
         configured = list(self.config.workload.queries) if self.config else []
         known = list(dict.fromkeys([*configured, *self.run.queries]))
@@ -86,12 +87,11 @@ class Opened:
                     "which query set?" if known else "this run has no query set",
                     where=self.run.path,
                     found=", ".join(known) or None,
-                    do="name one with --queries"
-                    if known
-                    else "add [workload] queries to its configuration and run `tda index CONFIG`",
+                    do="name one with --queries" if known else self._how_to_ask,
                 )
             name = known[0]
         if self.config is not None and name in configured:
+            self.run.store.table(TRAIN).require_complete()  # before queries are computed
             return _add_queries(self.run, self.config, name)
         if name not in known:
             raise ConfigError(
@@ -99,9 +99,19 @@ class Opened:
                 where=self.run.path,
                 found=name,
                 wanted=", ".join(known) or "there is none",
-                do="add it to [workload] queries and name the configuration in place of the run",
+                do=self._how_to_ask,
             )
         return name
+
+    @property
+    def _how_to_ask(self) -> str:
+        """What stores a query set."""
+        if self.config is not None:
+            return "add it to [workload] queries"
+        return (
+            "name its configuration in place of the run, with the queries in [workload]; or in "
+            "Python: tda.open(path, task).add_queries(dataset, name)"
+        )
 
 
 def open_workload(target: str, overrides: Sequence[str]) -> Opened:
