@@ -35,6 +35,9 @@ NUMBERED = (
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 _HASHED_BYTES = 2**22  # of arrays, laid out example by example at a time
 
+_ARRAY = np.ndarray | torch.Tensor
+_NUMBER = np.generic | int | float
+
 Batch = tuple[Any, ...] | dict[str, Any]
 
 
@@ -101,7 +104,7 @@ def as_dataset(data: Any) -> Dataset:
     A column of a table is an array: it is read by position, whatever its index.
     Raises DataError when ``data`` is none of these, is empty, or its arrays differ in length.
     """
-    if isinstance(data, np.ndarray | torch.Tensor):
+    if isinstance(data, _ARRAY):
         data = (data,)
     if type(data) is TensorDataset:
         data = data.tensors
@@ -119,7 +122,9 @@ def as_dataset(data: Any) -> Dataset:
             wanted="its columns as arrays",
             do='(table[features].to_numpy("float32"), table["label"].to_numpy())',
         )
-    if isinstance(data, tuple) and all(isinstance(a, np.ndarray | torch.Tensor) for a in data):
+    are_arrays = any(isinstance(part, _ARRAY) for part in parts)
+    are_arrays &= all(isinstance(part, _ARRAY | _NUMBER) for part in parts)
+    if isinstance(data, tuple) and are_arrays:
         _same_length({f"array {i}": a for i, a in enumerate(data)})
         dataset: Any = _Arrays([_shared(a) for a in data])
     elif isinstance(data, Mapping) and data:
@@ -175,7 +180,20 @@ def part(dataset: Dataset, start: int, stop: int) -> Dataset:
     return Picked(dataset, np.arange(start, stop))
 
 
+def _has_axis(array: Any) -> bool:
+    return hasattr(array, "__len__") and getattr(array, "ndim", 1) > 0
+
+
 def _same_length(arrays: Mapping[Any, Any]) -> None:
+    alone = [name for name, array in arrays.items() if not _has_axis(array)]
+    if alone:
+        raise DataError(
+            "an array has no axis of examples",
+            where=alone[0],
+            found="a single number",
+            wanted="one entry an example along the first axis",
+            do="give one example as a slice of each array: (x[i : i + 1], y[i : i + 1])",
+        )
     lengths = {name: len(array) for name, array in arrays.items()}
     if len(set(lengths.values())) > 1:
         raise DataError(

@@ -173,6 +173,13 @@ def test_a_column_of_a_table_is_read_by_position(of):
         np.testing.assert_array_equal(found.columns[name], values, strict=True)
 
 
+@pytest.mark.parametrize("label", [torch.tensor(1), np.int64(1), np.array(1), 1], ids=repr)
+def test_one_example_is_asked_for_as_a_slice(label):
+    for data in ((torch.zeros(6), label), {"input": torch.zeros(6), "target": label}):
+        with pytest.raises(DataError, match=r"no axis of examples[^§]*x\[i : i \+ 1\]"):
+            as_dataset(data)
+
+
 def test_a_class_is_no_data_set():
     with pytest.raises(DataError, match="not a map-style data set"):
         as_dataset(TensorDataset)
