@@ -420,6 +420,13 @@ def is_scalar(record: Mapping[str, Any]) -> bool:
     return known.output in (binary_log_odds, prediction)
 
 
+def has_link(record: Mapping[str, Any]) -> bool:
+    """Whether a manifest's measurement tells ℓ as a function of f, as far as that is known. If not,
+    the curvature ℓ''(f)·∇f∇fᵀ is ∇ℓ∇ℓᵀ, the empirical Fisher matrix: its scores only rank."""
+    known = MEASUREMENTS.get(record.get("name", ""))
+    return bool(record.get("has_margin")) or (known is not None and known.link is not identity)
+
+
 def as_measurement(given: Any) -> Measurement:
     """A Measurement from its name, itself, or a callable ``(model, batch) -> loss [example]``."""
     if isinstance(given, Measurement):

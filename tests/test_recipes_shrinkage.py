@@ -17,6 +17,7 @@ import tda
 from tda.errors import RecipeError
 from tda.recipes import RECIPES
 from tda.recipes.auto import choose
+from tda.report import collect
 from tda.scorer import prepare, scores, self_influence
 
 SHRUNK = replace(RECIPES["influence_shrunk"], curvature_rows="link", basis="any", core=None)
@@ -125,6 +126,25 @@ def test_without_an_eigenbasis_the_choice_is_the_whole_curvature(tmp_path):
     assert (run.recipe("auto").name, run.recipe("auto").query) == ("influence", "margin")
     run.add_curvature(train, progress=False)
     assert run.recipe("auto").name == "influence_gn"
+
+
+@pytest.mark.parametrize(
+    ("measurement", "amounts"), [("squared_error", True), ("mean_squared_error", False)]
+)
+def test_amounts_are_told_only_where_the_curvature_is_that_of_the_loss(
+    tmp_path, measurement, amounts
+):
+    """Of a loss that is no known function of an output H is the empirical Fisher matrix."""
+    x = torch.randn(20, 4)
+    data = x, x.sum(1, keepdim=True)
+    task = tda.Task(nn.Linear(4, 1), measurement=measurement)
+    run = tda.index(task, data, tmp_path / "a", proj_dim=30, progress=False)
+    run.add_queries(data, "q")
+    assert ("empirical Fisher" in run.recipe("auto").summary) is not amounts
+    assert collect(run, recipe="influence").removal.in_loss is amounts
+    run.add_curvature(data)
+    assert "empirical Fisher" not in run.recipe("auto").summary
+    assert collect(run, recipe="influence_gn").removal.in_loss
 
 
 def test_unprojected_shrinkage_is_its_formula(tmp_path):

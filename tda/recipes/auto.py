@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from tda.measurements import has_link
 from tda.recipe import CurvatureRows, Recipe
 from tda.recipes import get_recipe, influence, influence_gn, influence_shrunk
 from tda.store.manifest import CURVATURE, has_table
@@ -29,8 +30,10 @@ def choose(store: Store) -> Recipe:
     """The recipe for a run, whose ``summary`` says why in one line."""
     eigen = store.manifest["projection"]["kind"] == "eigenbasis"
     rows: CurvatureRows = "gauss_newton" if has_table(store.path, CURVATURE) else "link"
-    whose = "every output" if rows == "gauss_newton" else "the label's output"
-    why = f"the curvature of {whose}"
+    why = "the curvature of every output"
+    if rows == "link":
+        known = has_link(store.manifest["measurement"])
+        why = "the curvature of the label's output" if known else "the empirical Fisher, to rank by"
     if eigen:
         return replace(
             influence_shrunk.RECIPE,

@@ -6,7 +6,7 @@ of the shown queries for RANKED of the training examples.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +15,7 @@ import numpy as np
 
 from tda import valuation
 from tda.errors import DataError, RecipeError, TdaError
+from tda.measurements import has_link
 from tda.recipe import Recipe
 from tda.report.agreement import (
     rank_agreement,
@@ -129,7 +130,7 @@ def collect(
         evidence,
         measured.get("name", ""),
         bool(measured.get("has_margin")),
-        _predicts_loss(chosen),
+        _predicts_loss(chosen, measured),
         categories(train, "label"),
     )
     return ReportData(
@@ -164,10 +165,11 @@ def steady(run: Any) -> Any:
     return Run(cast(Store, SteadyStore(run.store))) if isinstance(run, Run) else run
 
 
-def _predicts_loss(recipe: Recipe) -> bool:
+def _predicts_loss(recipe: Recipe, measurement: Mapping[str, Any]) -> bool:
     """Whether scores are predicted rises of the loss if an example is left out."""
     own = (recipe.query, recipe.train) == ("loss", "loss")
-    return own and recipe.scale == "inverse_n" and recipe.normalize == "none"
+    own = own and recipe.scale == "inverse_n" and recipe.normalize == "none"
+    return own and (recipe.curvature_rows == "gauss_newton" or has_link(measurement))
 
 
 def _values(over: Moments, num_queries: int, found: Findings) -> Values:
