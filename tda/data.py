@@ -33,6 +33,7 @@ NUMBERED = (
     "`source` or `text` of a dict"
 )
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+_READ_TWICE = 8  # examples: enough to meet an augmentation that is made half of the time
 _HASHED_BYTES = 2**22  # of arrays, laid out example by example at a time
 
 _ARRAY = np.ndarray | torch.Tensor
@@ -344,11 +345,12 @@ def _digests(content: Any, num_examples: int, tick: Callable[[int], None]) -> np
 
 
 def describe(dataset: Dataset, tick: Callable[[int], None] = lambda count: None) -> Examples:
-    """Read a data set once: ids, content digests and columns.
+    """Read a data set: ids, content digests and columns.
 
     An id that is not given is the digest of the content; the second of two equal examples gets
     the suffix ``.1``, and so on. ``tick(count)`` is called whenever that many more are read.
-    Raises DataError when given ids repeat, or an example cannot be read.
+    Raises DataError when given ids repeat, an example cannot be read, or one of the first is
+    another one when it is read again.
     """
     extras: dict[str, list[Any]] = {}
     stacked = _stacked(dataset)
@@ -360,7 +362,10 @@ def describe(dataset: Dataset, tick: Callable[[int], None] = lambda count: None)
         digests = np.empty((len(dataset), _DIGEST_BYTES), np.uint8)
         for index in range(len(dataset)):
             content, extra = split(read(dataset, index))
-            digests[index] = np.frombuffer(_digest_of(content, index), np.uint8)
+            digest = _digest_of(content, index)
+            if index < _READ_TWICE:
+                _require_same(digest, dataset, index)
+            digests[index] = np.frombuffer(digest, np.uint8)
             for name, value in extra.items():
                 extras.setdefault(name, [None] * len(dataset))[index] = value
             tick(1)
@@ -368,6 +373,18 @@ def describe(dataset: Dataset, tick: Callable[[int], None] = lambda count: None)
         name: _column(name, extras[name]) for name in ("label", *RIDE_ALONG[1:]) if name in extras
     }
     return Examples(_ids(extras.get("id"), digests), digests, columns)
+
+
+def _require_same(digest: bytes, dataset: Dataset, index: int) -> None:
+    """Raises DataError if the example is another one when it is read again."""
+    if _digest_of(split(read(dataset, index))[0], index) != digest:
+        raise DataError(
+            "an example is another one each time it is read",
+            where=f"example {index}",
+            wanted="the same content at every reading: rows are those of the examples that were "
+            "read, and a run that goes on looks whether its examples are the same",
+            do="leave random augmentation out of the data set, or draw it by the example's index",
+        )
 
 
 def read(dataset: Dataset, index: int) -> Any:

@@ -173,6 +173,22 @@ def test_a_column_of_a_table_is_read_by_position(of):
         np.testing.assert_array_equal(found.columns[name], values, strict=True)
 
 
+class Flipped(OneByOne):
+    """With a random augmentation."""
+
+    def __getitem__(self, index: int) -> Any:
+        image, label = super().__getitem__(index)
+        return (image.flip(0) if torch.rand(()) < 0.5 else image), label
+
+
+def test_random_augmentation_is_noticed_before_anything_is_computed(tmp_path):
+    task = tda.Task(torch.nn.Linear(6, 2))
+    data = Flipped((torch.randn(40, 6), torch.arange(40) % 2))
+    with pytest.raises(DataError, match=r"each time it is read[^§]*example \d[^§]*augmentation"):
+        tda.index(task, data, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run" / "manifest.json").exists()
+
+
 @pytest.mark.parametrize("label", [torch.tensor(1), np.int64(1), np.array(1), 1], ids=repr)
 def test_one_example_is_asked_for_as_a_slice(label):
     for data in ((torch.zeros(6), label), {"input": torch.zeros(6), "target": label}):
