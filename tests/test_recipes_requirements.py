@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from memory_store import MemoryStore, exact_rows, make_store
 
+from tda.config import Config
 from tda.errors import RecipeError, StoreError
 from tda.recipe import Recipe
 from tda.recipes import RECIPES
@@ -51,6 +53,14 @@ def refused(store: MemoryStore, recipe: Recipe) -> RecipeError:
 def test_what_the_run_lacks_is_named_with_its_cure(recipe, cure, tmp_path):
     error = refused(mixed(make_store(tmp_path)), recipe)
     assert cure in (error.do or "")
+
+
+@pytest.mark.parametrize("name", ["influence_ekfac", "influence_gn", "datainf"])
+def test_a_cure_is_spelt_as_a_configuration_has_it_too(name, tmp_path):
+    error = refused(mixed(make_store(tmp_path)), RECIPES[name])
+    said = re.search(r"(\w+ = true in )?\[(\w+)\]( kind)?", error.do or "")
+    section, key = said[2], (said[1] or said[3]).split()[0]
+    assert key in Config.model_fields[section].annotation.model_fields
 
 
 def test_with_what_was_missing_the_recipe_answers(tmp_path):

@@ -323,7 +323,8 @@ class Explorer:
                 "the rows of this run do not keep layers apart",
                 where=self.path,
                 found=f"projection {self.store.manifest['projection']['kind']!r}",
-                do="index into a new folder with projection 'kronecker' or 'eigenbasis'",
+                do="index into a new folder with projection='kronecker' or 'eigenbasis', "
+                "which in a configuration is [projection] kind",
             )
         self.require(question)
         prepared, query = self._embedded(question)

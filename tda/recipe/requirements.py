@@ -34,7 +34,8 @@ def require_rows(manifest: Manifest, recipe: Recipe) -> None:
             "this recipe needs rows in the eigenbasis of K-FAC",
             where=where,
             found=f"projection {kind!r}",
-            do="index into a new folder with projection='eigenbasis'",
+            do="index into a new folder with projection='eigenbasis', which in a configuration is "
+            "[projection] kind",
         )
     metric = manifest.get("metric", "euclidean")
     if recipe.metric not in ("any", metric):
@@ -84,7 +85,8 @@ def layer_slices(manifest: Manifest, recipe: Recipe) -> dict[str, slice]:
             "this recipe needs rows that keep layers apart",
             where=f"recipe {recipe.name!r}",
             found=f"projection {manifest.get('projection', {}).get('kind')!r}",
-            do="index with projection='kronecker' or 'eigenbasis', or use "
+            do="index into a new folder with projection='kronecker' or 'eigenbasis', which in a "
+            "configuration is [projection] kind; or use "
             "dataclasses.replace(recipe, blocks='whole', layer_weights=(), parameters='all')",
         )
     slices = {x["name"]: slice(x["offset"], x["offset"] + x["size"]) for x in layers}

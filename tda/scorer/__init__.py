@@ -211,7 +211,8 @@ def refuse_not_finite(scores: Tensor, first_query: int, low: int) -> None:
             "a score is not a finite number",
             where=f"query {first_query + query}, training example {low + row}",
             found=scores[query, row].item(),
-            do="run `tda verify`; if the store is sound, use a larger damping",
+            do="run `tda verify`; if the store is sound, use another recipe, or "
+            "dataclasses.replace(recipe, damping=…) with a larger one",
         )
 
 

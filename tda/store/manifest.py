@@ -257,7 +257,9 @@ def redo(table: str) -> str:
     if table == TRAIN:
         return "rerun `tda index` with the same configuration: it computes only what is missing"
     if table == CURVATURE:
-        return "call run.add_curvature(train), or rerun `tda index` with gauss_newton = true"
+        return (
+            "call run.add_curvature(train), or rerun `tda index` with [index] gauss_newton = true"
+        )
     name = table.partition("/")[2]
     return f"rerun `tda index`, or add the queries {name!r} again: only what is missing is computed"
 
