@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.linear_model import LogisticRegression
 
 from tda import valuation
 from tda.errors import DataError
@@ -69,6 +70,22 @@ def test_density_ratio_of_two_gaussians_is_known():
     near = np.abs(old) < 2
     np.testing.assert_allclose(np.log(ratio)[near], (old - 0.5)[near], atol=0.15)
     assert ratio.mean() == pytest.approx(1, abs=0.05)
+
+
+def test_a_density_ratio_is_a_number_or_refused():
+    """Neither NaN among the quantities nor a classifier's of a column without variance."""
+    flat = np.ones(40)
+    with pytest.raises(DataError, match=r"of the target is not finite[^§]*example 3"):
+        valuation.density_ratio(flat, np.where(np.arange(40) == 3, np.nan, 1.0))
+
+    class Unsure(LogisticRegression):
+        def predict_proba(self, x):
+            return np.where(x[:, :1] == 7, np.nan, super().predict_proba(x))
+
+    marked = np.where(np.arange(40) == 5, 7.0, 1.0)
+    with pytest.raises(DataError, match=r"no probability[^§]*example 5[^§]*nan of Unsure"):
+        valuation.density_ratio(marked, flat, Unsure())
+    assert np.isfinite(valuation.density_ratio(flat, flat)).all()
 
 
 def test_density_ratio_of_categories_is_a_quotient_of_counts():

@@ -136,7 +136,7 @@ def explain_shift(
     regression on one-hot codes. clip: a ratio is cut to [1/clip, clip].
 
     Raises DataError where a mechanism names an unknown column, lengths differ, or a quantity is not
-    finite.
+    finite, or what the classifier makes of it.
     """
     old, new = np.asarray(source_metric, np.float64), np.asarray(target_metric, np.float64)
     columns = sorted({name for m in mechanisms for name in (*m.of, *m.given)})
@@ -178,9 +178,13 @@ def explain_shift(
 def density_ratio(source: Any, target: Any, classifier: Any = None, seed: int = 0) -> np.ndarray:
     """p_target/p_source at every source example ``[example]``, of columns given as arrays.
 
-    Each example is judged by a classifier that was fitted without it (FOLDS folds).
+    Each example is judged by a classifier that was fitted without it (FOLDS folds). Raises
+    DataError where a quantity, or what a classifier makes of it, is not finite.
     """
-    return _ratio([(np.asarray(source), np.asarray(target))], classifier, seed)
+    pair = np.asarray(source), np.asarray(target)
+    for where, column in zip(("source", "target"), pair, strict=True):
+        _require_finite("values", where, column)
+    return _ratio([pair], classifier, seed)
 
 
 def _coalition_weights(moved: np.ndarray) -> np.ndarray:
@@ -204,6 +208,14 @@ def _ratio(pairs: Sequence[tuple[Any, Any]], classifier: Any, seed: int) -> np.n
     model = _default(categorical, features) if classifier is None else classifier
     folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
     p = cross_val_predict(model, features, is_new, cv=folds, method="predict_proba")[:old, 1]
+    if not np.isfinite(p).all():
+        raise DataError(
+            "the classifier that tells target from source gives no probability",
+            where=f"example {int(np.argmax(~np.isfinite(p)))} of the source",
+            found=f"{p[~np.isfinite(p)][0]} of {type(model).__name__}",
+            wanted="finite numbers from predict_proba",
+            do="give another classifier, or leave out columns that are the same everywhere",
+        )
     p = np.clip(p, 1e-9, 1 - 1e-9)
     return p / (1 - p) * old / new
 
