@@ -9,7 +9,10 @@ offloaded               to the CPU or a disk, brought to a device layer by layer
 
 from __future__ import annotations
 
-from torch import nn
+import copy
+
+import torch
+from torch import Tensor, nn
 
 from tda.errors import TaskError
 
@@ -91,6 +94,28 @@ def require_numbers(model: nn.Module) -> None:
             do="load the model without offloading (a device_map of devices only, no 'disk', no "
             "'cpu' beside a GPU), on a larger device, or in bfloat16",
         )
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A copy of its own. Raises TaskError where a training pass has left an activation in it."""
+    try:
+        return copy.deepcopy(model)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        kept = [
+            f"{path}.{name}".removeprefix(".")
+            for path, module in model.named_modules()
+            for name, value in vars(module).items()
+            if isinstance(value, Tensor) and not value.is_leaf
+        ]
+        raise TaskError(
+            "the model cannot be copied",
+            where=", ".join(kept[:5]) or None,
+            found=(str(error).splitlines() or [""])[0],
+            wanted="a model that keeps no activation of a training pass",
+            do="run it once under torch.no_grad(), or delete the attribute",
+        ) from error
 
 
 def _is_a(module: nn.Module, name: str) -> bool:

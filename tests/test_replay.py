@@ -50,6 +50,13 @@ def training(**options: Any) -> Training:
     return Training(**{**given, "inputs": inputs, "targets": targets, **options})
 
 
+def test_a_model_that_keeps_an_activation_is_refused_by_its_name():
+    model = classifier()
+    model.hidden = model[0](examples(2, 0)[0])
+    with pytest.raises(TaskError, match=r"cannot be copied[^§]*hidden[^§]*torch\.no_grad"):
+        training(model=model).run()
+
+
 def by_torch(run: Training, weights: Tensor) -> nn.Module:
     """The run by torch.optim, the loss of a batch being Σ w_i ℓ_i / |B|."""
     import copy

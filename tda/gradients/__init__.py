@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -38,7 +37,7 @@ from tda.gradients.passes import Passes, Reduction
 from tda.gradients.rules import InseparableError, matrix_shape
 from tda.gradients.sharded.session import session_of
 from tda.gradients.tap import Consume, ModifiedError, SwitchedOffError
-from tda.layout import is_sharded, is_spread
+from tda.layout import copied, is_sharded, is_spread
 from tda.malloc import give_back, keep_freed
 from tda.measurements import Measurement
 
@@ -109,7 +108,7 @@ class Gradients:
         if is_sharded(model):
             self._passes: Passes = session_of(model).passes(measurement, autocast)
         else:
-            own = _copied(model).eval()
+            own = copied(model).eval()
             if not is_spread(model):
                 _move(own, device)
             parameters = {n: p for n, p in own.named_parameters() if n in set(trained)}
@@ -332,28 +331,6 @@ def _without_gradient(name: str) -> GradientError:
 def _lay_out(parameters: list[nn.Parameter], memory_format: torch.memory_format) -> None:
     for parameter in parameters:
         parameter.data = parameter.data.contiguous(memory_format=memory_format)
-
-
-def _copied(model: nn.Module) -> nn.Module:
-    """Raises TaskError where a training pass has left an activation in it."""
-    try:
-        return copy.deepcopy(model)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        kept = [
-            f"{path}.{name}".removeprefix(".")
-            for path, module in model.named_modules()
-            for name, value in vars(module).items()
-            if isinstance(value, Tensor) and not value.is_leaf
-        ]
-        raise TaskError(
-            "the model cannot be copied",
-            where=", ".join(kept[:5]) or None,
-            found=(str(error).splitlines() or [""])[0],
-            wanted="a model that keeps no activation of a training pass",
-            do="run it once under torch.no_grad(), or delete the attribute",
-        ) from error
 
 
 def _move(model: nn.Module, device: str | torch.device) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 
 import torch
@@ -11,7 +10,7 @@ from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tda.errors import TaskError
-from tda.layout import require_whole
+from tda.layout import copied, require_whole
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Pull = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -32,7 +31,7 @@ class Network:
 
     def __init__(self, model: nn.Module, loss: Loss) -> None:
         require_whole(model)
-        self.model = copy.deepcopy(model)
+        self.model = copied(model)
         self.loss = loss
         trained = {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
         _check(self.model, trained)
@@ -57,7 +56,7 @@ class Network:
 
     def module(self, weights: Tensor) -> nn.Module:
         """A copy of the model with these weights."""
-        model = copy.deepcopy(self.model)
+        model = copied(self.model)
         model.load_state_dict(self.named(weights), strict=False)
         return model
 
