@@ -35,6 +35,7 @@ from tda.gradients.factors import (
 )
 from tda.gradients.passes import Passes, Reduction
 from tda.gradients.rules import InseparableError, matrix_shape
+from tda.gradients.sharded.passes import Leading
 from tda.gradients.sharded.session import session_of
 from tda.gradients.tap import Consume, ModifiedError, SwitchedOffError
 from tda.layout import copied, is_sharded, is_spread
@@ -176,7 +177,8 @@ class Gradients:
         gives: tensors ``[example, …]``. Processes that share a model divide the batch."""
         passes, path = self._passes, self._audited(batch, num_examples).path
         with _explained(batch, num_examples):
-            if path == "tap" and 1 < passes.num_shares <= num_examples:
+            several = path == "tap" and 1 < passes.num_shares <= num_examples
+            if several and isinstance(passes, Leading):
                 return passes.shared(batch, num_examples, self._copied, reduction)
             consume, result = reduction(num_examples, self.device)
             return *self._run(path, batch, num_examples, self._here(consume)), result()

@@ -66,12 +66,6 @@ class Passes:
                 self.model, self.parameters, self._measure, batch, num_examples, consume, copied
             )
 
-    def shared(
-        self, batch: Any, num_examples: int, copied: frozenset[str], reduction: Reduction
-    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
-        """As `tap`, and what ``reduction`` gives; each process of a share of the batch."""
-        raise NotImplementedError("a model that is whole has nobody to share with")
-
     def exact(
         self, path: str, batch: Any, num_examples: int, consume: Consume
     ) -> tuple[Tensor, Tensor | None]:

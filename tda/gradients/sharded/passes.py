@@ -130,6 +130,7 @@ class Leading(Sharded):
     def shared(
         self, batch: Any, num_examples: int, copied: frozenset[str], reduction: Reduction
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+        """As `tap`, and what ``reduction`` gives; each process of a share of the batch."""
         number = self._session.number_of(reduction)
         with self._told("share", batch, num_examples, copied, number):
             parts = self.share(batch, num_examples, copied, number)
