@@ -33,7 +33,7 @@ from rich.table import Table
 
 import tda
 from tda import valuation
-from tda.data import Examples
+from tda.examples import Examples
 from tda.report import write_report
 from tda.store import Store
 

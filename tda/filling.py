@@ -1,27 +1,39 @@
-"""One table's missing chunks, computed here or by the workers of a cluster: the same bytes."""
+"""One table's missing chunks, computed here or by the workers of a cluster: the same bytes.
+
+A run is its missing chunks. `fill` computes them, each in full before it is written, so that a
+process killed at any moment loses the chunk it was at, no more.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
-from functools import cached_property
-from typing import TYPE_CHECKING
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from tda.batch_size import BatchSize
 from tda.cluster import is_open, run
-from tda.data import Dataset, describe, part
-from tda.errors import MismatchError
-from tda.featurizer import Featurizer, Filler, Write
+from tda.data import Batch, Dataset, collate, part, read
+from tda.errors import GradientError, MismatchError
+from tda.examples import describe
+from tda.featurizer import Features, Featurizer
+from tda.gradients.rules import InseparableError
 from tda.progress import Tick
-from tda.reading import behind
+from tda.reading import Rows, ahead, behind, reading
 from tda.store import Table
 from tda.store.manifest import CURVATURE
 
 if TYPE_CHECKING:
     from tda.run import Run
 
+log = logging.getLogger(__name__)
 Place = tuple[int, int]  # checkpoint, chunk
+Compute = Callable[[Any, Rows], Features]  # (batch, rows)
+Write = Callable[[], None]
+Filler = Callable[[Place, Tick], Write]  # computes a chunk
 Prepare = Callable[[Featurizer, Table, Dataset, BatchSize], Filler]
 
 
@@ -105,4 +117,110 @@ def _other(what: str, found: str, wanted: str) -> MismatchError:
         found=found,
         wanted=wanted,
         do="put weights and data where all see the same files, and build them without randomness",
+    )
+
+
+def filler(featurizer: Featurizer, table: Table, dataset: Dataset, batch_size: BatchSize) -> Filler:
+    """What computes one chunk of a table of these examples."""
+    return partial(fill, featurizer, table, dataset, batch_size)
+
+
+def fill(
+    featurizer: Featurizer,
+    table: Table,
+    dataset: Dataset,
+    batch_size: BatchSize,
+    place: tuple[int, int],
+    tick: Tick,
+    compute: Compute | None = None,
+) -> Write:
+    """Compute and put one chunk of a table, ``place`` = (checkpoint, chunk); returns what finishes
+    it. ``tick(examples)`` a batch.
+
+    compute: ``(batch, rows) -> Features`` of these rows, if not plainly the featurizer.
+    Batches are cut within a chunk, so its bytes do not depend on what was done before; the next
+    one is read while one is computed.
+    Raises GradientError naming the example whose loss or gradient is not finite.
+    """
+    checkpoint, chunk = place
+    featurizer.at(checkpoint)
+    start, stop = table.chunk_range(chunk)
+    done: Features | None = None
+    rounded = torch.bfloat16 if table.dtype == "bfloat16" else torch.float32  # int8 sees whole rows
+    size, collate_with = featurizer.batch_size(batch_size, dataset), featurizer.task.collate
+    if batch_size == "auto":
+        size *= featurizer.num_shares
+    for rows, batch in ahead(reading(dataset, start, stop, size, collate_with)):
+        if compute is None:
+            featurizer.task.measurement.check(batch, rows)
+        features = _features(featurizer, table, dataset, batch, rows, compute)
+        _check_finite(features, table, rows, checkpoint)
+        features = features.with_embedding(table.hidden or 0)
+        done = done or features.room(stop - start, rounded)
+        done.put(rows - start, features)
+        tick(len(rows))
+    assert done is not None, "a chunk has examples"
+    columns = {name: values.numpy() for name, values in done.columns.items()}
+    embedding = done.embedding if table.hidden else None
+    return table.put(checkpoint, chunk, done.rows, columns, embedding)
+
+
+def _features(
+    featurizer: Featurizer,
+    table: Table,
+    dataset: Dataset,
+    batch: Batch | None,
+    rows: Rows,
+    compute: Compute | None,
+) -> Features:
+    """Of one batch; in halves where the device has no memory for it."""
+    if featurizer.room is None or len(rows) <= featurizer.room:
+        try:
+            if compute is None:
+                return featurizer(batch, len(rows), train=table.name == "train")
+            return compute(batch, rows)
+        except InseparableError as error:
+            raise GradientError(
+                "a batch cannot be separated by example, though the first one could",
+                where=f"examples {rows.min()}–{rows.max()}",
+                found=error,
+                do="make the examples alike in shape, or index these on their own",
+            ) from error
+        except torch.OutOfMemoryError as error:
+            if len(rows) == 1:
+                raise GradientError(
+                    "the device has no memory for the gradient of one example",
+                    where=f"example {rows[0]} of {table.name}",
+                    found=str(error).partition(". ")[0],
+                    do='use a larger device, or Task(..., precision="bfloat16")',
+                ) from error
+            featurizer.room = len(rows) // 2
+            log.warning("the device is out of memory: batches of %d from here on", featurizer.room)
+    batch = None  # what did not fit is let go first
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    parts = []
+    for some in np.split(rows, range(featurizer.room, len(rows), featurizer.room)):
+        few = collate([read(dataset, int(row)) for row in some], featurizer.task.collate)
+        parts.append(_features(featurizer, table, dataset, few, some, compute))
+    return Features.concatenate(parts)
+
+
+def _check_finite(features: Features, table: Table, rows: Rows, checkpoint: int) -> None:
+    loss, norm = features.columns["loss"], features.columns["grad_norm"]
+    if torch.isfinite(loss.sum() + norm.sum() + features.rows.sum()):
+        return  # a sum over anything that is not finite is not finite
+    bad = ~(torch.isfinite(loss) & torch.isfinite(norm) & torch.isfinite(features.rows).all(1))
+    if not bad.any():
+        return
+    place = int(bad.nonzero()[0])
+    row = int(rows[place])
+    raise GradientError(
+        "the loss or the gradient of an example is not finite",
+        where=f"example {str(table.column('id')[row])!r} (row {row} of {table.name}), "
+        f"checkpoint {checkpoint}",
+        found=f"loss {float(loss[place]):g}, gradient norm {float(norm[place]):g}",
+        wanted="finite numbers",
+        do="mend or leave out the example, or check the checkpoint; finished chunks are kept and "
+        "the same call resumes",
     )

@@ -16,10 +16,10 @@ from tda import decisions
 from tda.batch_size import BatchSize
 from tda.curvature.table import curvature_filler, keep_sample
 from tda.curvature.updating import put_in, take_out
-from tda.data import Examples, as_dataset, describe
+from tda.data import as_dataset
 from tda.errors import StoreError
-from tda.featurizer import filler
-from tda.filling import Filling
+from tda.examples import Examples, describe
+from tda.filling import Filling, filler
 from tda.progress import Tick, progress_bar
 from tda.run import Run
 from tda.scorer.row_weights import curvature_weights

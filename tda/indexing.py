@@ -13,10 +13,11 @@ from tda.bases import fit_bases, read_bases
 from tda.batch_size import BatchSize, check_batch_size
 from tda.cluster import Cluster, working
 from tda.curvature.table import check_measurement
-from tda.data import Dataset, as_dataset, describe
+from tda.data import Dataset, as_dataset
 from tda.errors import ConfigError
-from tda.featurizer import Featurizer, filler
-from tda.filling import Filling
+from tda.examples import describe
+from tda.featurizer import Featurizer
+from tda.filling import Filling, filler
 from tda.gradients import shapes_of
 from tda.progress import progress_bar
 from tda.projection import KINDS, Projection

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tda.batch_size import BatchSize
-from tda.data import as_dataset, describe
+from tda.data import as_dataset
 from tda.errors import StoreError
-from tda.featurizer import Featurizer, filler
-from tda.filling import Filling
+from tda.examples import describe
+from tda.featurizer import Featurizer
+from tda.filling import Filling, filler
 from tda.projection import Projection, bases_to_bytes
 from tda.store import Fault, Table
 from tda.store.files import remove_file, write_file

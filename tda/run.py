@@ -14,10 +14,11 @@ import numpy as np
 from tda.bases import read_bases
 from tda.batch_size import BatchSize
 from tda.curvature.table import curvature_filler, plan_curvature
-from tda.data import Dataset, Examples, as_dataset, describe
+from tda.data import Dataset, as_dataset
 from tda.errors import MismatchError, StoreError, TaskError
-from tda.featurizer import Featurizer, filler
-from tda.filling import Filling
+from tda.examples import Examples, describe
+from tda.featurizer import Featurizer
+from tda.filling import Filling, filler
 from tda.layout import is_sharded
 from tda.progress import progress_bar
 from tda.projection import Projection

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import math
 import operator
-import pickle
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,10 +19,19 @@ from tda.layout import bare, class_of, is_sharded, is_spread, require_numbers, r
 from tda.measurements import as_measurement
 from tda.training.noise import with_noise
 from tda.training.optimizer import OptimizerState, read_state
+from tda.weights import (
+    Weights,
+    apart_from,
+    digest_of,
+    place_of,
+    read,
+    require_tensors,
+    storage_of,
+    under,
+    without_wrapper,
+)
 
-Weights = Mapping[str, Tensor]
 METRICS = ("euclidean", "adam", "second_moment", "adam_update")
-_WRAPPERS = ("_orig_mod", "module")  # torch.compile; data-parallel training
 _PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
 
 
@@ -97,12 +103,12 @@ class Checkpoint:
     def load(self) -> Weights:
         """The state dict. Raises TaskError naming the file if it cannot be had, or is none."""
         if isinstance(self.weights, Mapping):
-            _require_tensors(self.weights, self.name, "give model.state_dict()")
+            require_tensors(self.weights, self.name, "give model.state_dict()")
             return self.weights
         do = "save it with torch.save(model.state_dict(), path) or as safetensors"
-        loaded = _read(Path(self.weights), "a checkpoint", do)
-        weights = _under(loaded, "model", "state_dict", "model_state_dict")
-        _require_tensors(weights, self.weights, do)
+        loaded = read(Path(self.weights), "a checkpoint", do)
+        weights = under(loaded, "model", "state_dict", "model_state_dict")
+        require_tensors(weights, self.weights, do)
         return weights
 
     def load_optimizer(self) -> Any:
@@ -113,8 +119,8 @@ class Checkpoint:
             loaded: Any = self.optimizer
         else:
             do = "save it with torch.save(optimizer.state_dict(), path)"
-            loaded = _read(Path(self.optimizer), "an optimizer's state", do)
-        return _under(loaded, "optimizer", "optimizer_state_dict")
+            loaded = read(Path(self.optimizer), "an optimizer's state", do)
+        return under(loaded, "optimizer", "optimizer_state_dict")
 
 
 def _whole(step: Any, name: str | None) -> int:
@@ -134,123 +140,17 @@ def _whole(step: Any, name: str | None) -> int:
     return number
 
 
-def _read(path: Path, what: str, do: str) -> Any:
-    """The content of a file of tensors. Raises TaskError."""
-    if path.is_dir():
-        raise TaskError(
-            f"{what} is a file, and this is a folder",
-            where=path,
-            do="name the files in it; or if tda.Recorder wrote it, give tda.recorded(folder)",
-        )
-    if not path.is_file():
-        raise TaskError(
-            f"{what} is missing", where=path, do="check the path, or train the model first"
-        )
-    try:
-        return _load(path)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise TaskError(
-            f"{what} cannot be read",
-            where=path,
-            found=(str(error).splitlines() or [type(error).__name__])[0],
-            wanted="a state dict of tensors (files that carry code are not loaded)",
-            do=do,
-        ) from error
-
-
-def _require_tensors(weights: Any, where: object, do: str) -> None:
-    """Raises TaskError for what is no state dict, by what it holds instead."""
-    if not isinstance(weights, Mapping):
-        found = type(weights).__name__
-    elif strange := {n: v for n, v in weights.items() if not isinstance(v, Tensor)}:
-        some = list(strange.items())[:5]
-        found = "a dict that holds " + ", ".join(f"{n!r}: {type(v).__name__}" for n, v in some)
-    else:
-        return
-    raise TaskError(
-        "these are no weights",
-        where=where,
-        found=found,
-        wanted="a state dict of tensors (in a file, it may be under 'model', 'state_dict' or "
-        "'model_state_dict')",
-        do=do,
-    )
-
-
-def _under(loaded: Any, *keys: str) -> Any:
-    """What a dict holds under one of the keys, or itself."""
-    for key in keys:
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
-            loaded = loaded[key]
-    return loaded
-
-
-def _load(path: Path) -> Any:
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def digest_of(weights: Weights) -> str:
-    """Hex digest of the names, types, shapes and bytes of a state dict."""
-    state = hashlib.blake2b(digest_size=16)
-    for name in sorted(weights):
-        tensor = weights[name].detach().cpu().contiguous()
-        state.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        state.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return state.hexdigest()
-
-
-def _storage(value: Any) -> int:
-    """Where the memory begins that a tensor of torch's own is a part of, 0 without any."""
-    if type(value) not in (Tensor, nn.Parameter) or value.layout is not torch.strided:
-        return 0
-    return value.untyped_storage().data_ptr()
-
-
-def _place(value: Any) -> tuple[Any, ...]:
-    """Equal of tensors that are the same numbers in memory."""
-    if not _storage(value):
-        return (id(value),)
-    return value.device, value.data_ptr(), value.dtype, value.shape, value.stride()
-
-
-def _without_wrapper(weights: Weights, model: nn.Module) -> Weights:
-    """Without what torch.compile and data-parallel training put before every name."""
-    known = dict(model.named_parameters()).keys()
-    while weights and known.isdisjoint(weights):
-        first = next(iter(weights)).partition(".")[0]
-        if first not in _WRAPPERS or not all(name.startswith(f"{first}.") for name in weights):
-            break
-        weights = {name.removeprefix(f"{first}."): value for name, value in weights.items()}
-    return weights
-
-
 def _apart(checkpoints: Iterable[Checkpoint], model: nn.Module) -> Iterator[Checkpoint]:
     """With weights that stay as they are now, whatever becomes of the model; each copied once."""
-    live = {_storage(value) for value in (*model.parameters(), *model.buffers())} - {0}
+    live = {storage_of(value) for value in (*model.parameters(), *model.buffers())} - {0}
     copied: dict[int, Weights] = {}
     for checkpoint in checkpoints:
         given = checkpoint.weights
-        if isinstance(given, dict) and any(_storage(value) in live for value in given.values()):
+        if isinstance(given, dict) and any(storage_of(value) in live for value in given.values()):
             if id(given) not in copied:
-                copied[id(given)] = _copied(given, live)
+                copied[id(given)] = apart_from(given, live)
             checkpoint = replace(checkpoint, weights=copied[id(given)])
         yield checkpoint
-
-
-def _copied(weights: dict[str, Any], live: set[int]) -> Weights:
-    """With copies on the CPU of what lies in ``live`` storages; tied weights stay so."""
-    found, made = copy.copy(weights), {}
-    for name, value in weights.items():
-        if _storage(value) in live:
-            place = _place(value)
-            if place not in made:
-                made[place] = value.detach().to("cpu", copy=True)
-            found[name] = made[place]
-    return found
 
 
 def _as_checkpoint(given: Any, index: int) -> Checkpoint:
@@ -398,7 +298,7 @@ class Task:
     def weights(self, index: int) -> Weights:
         """Of a checkpoint, by the names of the model. Raises TaskError."""
         checkpoint = self.checkpoints[index]
-        weights = _without_wrapper(checkpoint.load(), self.model)
+        weights = without_wrapper(checkpoint.load(), self.model)
         if not checkpoint.noise:
             return weights
         return with_noise(weights, self.model, checkpoint.noise, checkpoint.noise_seed)
@@ -429,8 +329,8 @@ class Task:
         for index, checkpoint in enumerate(self.checkpoints):
             if not isinstance(given := checkpoint.weights, dict):
                 continue
-            weights = _without_wrapper(given, self.model)
-            places = tuple(_place(weights[name]) for name in trained if name in weights)
+            weights = without_wrapper(given, self.model)
+            places = tuple(place_of(weights[name]) for name in trained if name in weights)
             point = places, checkpoint.noise, checkpoint.noise_seed
             first, same = seen.setdefault(point, (index, given))
             if places and same is not given:

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tda.batch_size import BatchSize
-from tda.data import as_dataset, batches, describe
+from tda.data import as_dataset, batches
 from tda.decisions import Marks
 from tda.errors import DataError
 from tda.evaluate import record
+from tda.examples import describe
 from tda.store import Fault, Store
 from tda.store.files import Place, list_folders
 

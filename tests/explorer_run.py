@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 import tda
-from tda.data import Examples
+from tda.examples import Examples
 from tda.run import Run
 from tda.store import Store, Table
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tda.data import Examples
+from tda.examples import Examples
 from tda.store import Store, Table
 from tda.store.arrays import COLUMNS
 

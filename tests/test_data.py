@@ -10,9 +10,10 @@ import torch
 from torch.utils.data import TensorDataset
 
 import tda
-from tda import data as reading
-from tda.data import as_dataset, batches, describe
+from tda import examples
+from tda.data import as_dataset, batches
 from tda.errors import DataError
+from tda.examples import describe
 
 NUM = 11
 _images = torch.randn(NUM, 2, 3)
@@ -58,7 +59,7 @@ class OneByOne:
 @pytest.mark.parametrize("name", ARRAYS)
 def test_arrays_hash_as_their_examples_do(monkeypatch, name):
     """Digests, ids and columns, whatever is laid out at a time."""
-    monkeypatch.setattr(reading, "_HASHED_BYTES", 100)
+    monkeypatch.setattr(examples, "_HASHED_BYTES", 100)
     ticks: list[int] = []
     together = describe(as_dataset(ARRAYS[name]), ticks.append)
     alone = describe(OneByOne(ARRAYS[name]))

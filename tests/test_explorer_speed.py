@@ -11,7 +11,7 @@ from explorer_run import Known, examples, manifest
 from fastapi.testclient import TestClient
 
 import tda
-from tda.data import Examples
+from tda.examples import Examples
 from tda.explorer import Explorer, create_app
 from tda.store import Store
 

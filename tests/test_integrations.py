@@ -119,7 +119,7 @@ def test_ids_are_a_column_or_the_hashes_of_the_content():
 
     rows = {"input": [[0.0, 1.0], [2.0, 3.0]], "target": [0, 1]}
     plain = datasets.Dataset.from_dict(rows)
-    described = tda.data.describe([plain[0], plain[1]]).ids.tolist()
+    described = tda.examples.describe([plain[0], plain[1]]).ids.tolist()
     assert ids_of(plain) == described
     named = datasets.Dataset.from_dict({**rows, "id": [7, 8], "name": ["a", "b"]})
     assert ids_of(named) == ["7", "8"]

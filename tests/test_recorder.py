@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 import tda
 from tda.errors import TaskError
-from tda.task import digest_of
 from tda.training.optimizer import read_state
 from tda.training.schedule import implied_damping
+from tda.weights import digest_of
 
 
 def network() -> nn.Module:

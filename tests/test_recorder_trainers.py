@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import tda
-from tda.task import digest_of
 from tda.training.schedule import implied_damping
+from tda.weights import digest_of
 
 # Both trainers warn of what is meant here: no GPU, no loader workers, no logger.
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -15,8 +15,8 @@ import torch
 from stored import CHUNK, MANIFEST, H, N, build, contents, examples, fill, flip, truncate, values
 
 import tda
-from tda.data import Examples
 from tda.errors import StoreError
+from tda.examples import Examples
 from tda.featurizer import Featurizer
 from tda.store import Store, Table, local
 from tda.store.manifest import rows_depend_on

@@ -10,8 +10,8 @@ import pytest
 from memory_store import MemoryStore, make_store
 from test_scorer import CASES, close, influence, matrix, trak, variant
 
-from tda.data import Examples
 from tda.errors import StoreError
+from tda.examples import Examples
 from tda.recipes import RECIPES
 from tda.scorer import prepare, scores, top_k
 from tda.store import Store

@@ -11,8 +11,8 @@ import tda
 from tda.errors import MismatchError, TaskError
 from tda.recipe import Recipe
 from tda.scorer.replicates import trainings
-from tda.task import digest_of
 from tda.training.noise import with_noise
+from tda.weights import digest_of
 
 FEATURES = 6
 MEAN = tda.RECIPES["grad_dot"]

@@ -33,8 +33,8 @@ from stored import (
     values,
 )
 
-from tda.data import Examples
 from tda.errors import StoreError
+from tda.examples import Examples
 from tda.store import Store, files, local
 from tda.store.arrays import COLUMNS
 from tda.store.encoding import decode_rows, encode_rows, width

@@ -26,8 +26,8 @@ from stored import (
     values,
 )
 
-from tda.data import Examples
 from tda.errors import DataError, GradientError, MismatchError, StoreError
+from tda.examples import Examples
 from tda.store import Store, Table, local
 
 

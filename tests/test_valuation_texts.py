@@ -7,7 +7,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from tda.data import MAX_TEXT
+from tda.examples import MAX_TEXT
 from tda.valuation.texts import WORDS, near_equal
 
 LONG = "the quick brown fox jumps over the lazy dog and then it sleeps"

@@ -96,7 +96,7 @@ def middle(found: list[Any]) -> tuple[str, str]:
 
 def sparse_store(path: Path, num_rows: int) -> None:
     """A finished store of few chunks, linked over and over: more rows than the disk would hold."""
-    from tda.data import Examples
+    from tda.examples import Examples
     from tda.store.marks import Mark, chunk_mark, write_mark
 
     store = synthetic_store(path, 1, MOST_QUERIES, MOST_DIM, 1, "int8", tables=("queries/q",))

@@ -26,7 +26,7 @@ def synthetic_store(
 
     see(table, first row, rows [r, dim] float32) is called with what is then rounded and stored.
     """
-    from tda.data import Examples
+    from tda.examples import Examples
     from tda.store import Store
     from tda.store.encoding import row_bytes
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tda.cli import ConfigFile, Overrides, Target, app
+from tda.cli import app
+from tda.cli.arguments import ConfigFile, Overrides, Target
 from tda.errors import DataError
 
 if TYPE_CHECKING:

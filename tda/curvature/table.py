@@ -30,9 +30,11 @@ from torch import Tensor
 
 from tda.batch_size import BatchSize
 from tda.curvature.sampling import Sample, draw
-from tda.data import Batch, Dataset, Examples, Picked, batches, describe
+from tda.data import Batch, Dataset, Picked, batches
 from tda.errors import MismatchError, StoreError, TaskError
-from tda.featurizer import Features, Featurizer, Filler, fill
+from tda.examples import Examples, describe
+from tda.featurizer import Features, Featurizer
+from tda.filling import Filler, fill
 from tda.gradients.exact import example_of
 from tda.measurements import (
     Measurement,

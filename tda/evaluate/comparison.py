@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tda.data import Examples
 from tda.errors import MismatchError, RecipeError
 from tda.evaluate.intervals import Estimate
 from tda.evaluate.metrics import lds_of_predictions, noise_ceiling, predictions
 from tda.evaluate.record import GroundTruth
+from tda.examples import Examples
 from tda.recipe import Recipe
 from tda.run import Run
 from tda.store.files import Place, to_json, write_file

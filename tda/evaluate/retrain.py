@@ -20,10 +20,11 @@ from torch.utils import _pytree as pytree
 
 from tda.cluster import run as run_pieces
 from tda.cluster import working
-from tda.data import Batch, as_dataset, batches, describe
+from tda.data import Batch, as_dataset, batches
 from tda.errors import ConfigError, DataError, TaskError
 from tda.evaluate.design import Design
 from tda.evaluate.record import FOLDER, GroundTruth, Record
+from tda.examples import describe
 from tda.identity import digest, settings_of, source_of
 from tda.measurements import Measurement
 from tda.progress import Tick

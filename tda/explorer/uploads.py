@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from tda.data import Dataset, as_dataset, collate, describe
+from tda.data import Dataset, as_dataset, collate
 from tda.errors import DataError, TdaError
+from tda.examples import describe
 from tda.explorer.asking import Explorer
 from tda.featurizer import Featurizer
 from tda.store.files import remove_tree

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 from pyarrow import parquet
 
-from tda.data import as_dataset, describe
+from tda.data import as_dataset
 from tda.errors import DataError, StoreError
+from tda.examples import describe
 from tda.store.files import as_place, beside
 
 if TYPE_CHECKING:

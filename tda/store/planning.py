@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from tda.data import Examples
 from tda.errors import DataError, MismatchError, StoreError
+from tda.examples import Examples
 from tda.store.arrays import COLUMNS, ArraySpec, group_document, layout
 from tda.store.encoding import check_dtype, encode_column
 from tda.store.files import Place, Remote, list_files, remove_file

@@ -7,8 +7,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from tda.data import Examples
 from tda.errors import DataError, MismatchError, StoreError
+from tda.examples import Examples
 from tda.store.chunks import Chunks
 from tda.store.deleted import KEY, deleted_positions, places, with_deleted, without_deleted
 from tda.store.files import Place, as_place, list_folders, require_plain, stat_file

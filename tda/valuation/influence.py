@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 from tda import scorer
-from tda.data import Examples
 from tda.errors import DataError, MismatchError
+from tda.examples import Examples
 from tda.recipe import Recipe
 from tda.run import Run
 from tda.scorer.replicates import num_parts, trainings

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from tda.data import MAX_TEXT
+from tda.examples import MAX_TEXT
 
 WORDS = 10  # of the shorter text at least: one word of fewer may change all
 MOST = 100_000  # texts looked at; their hashes are held, one a word
