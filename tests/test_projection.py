@@ -13,6 +13,7 @@ from torch import Tensor
 import tda
 from tda.errors import ConfigError
 from tda.gradients import Dense, Factor, Lookup, Outer
+from tda.gradients.factors import gram_square_norm, materialise
 from tda.projection import Pilot, Projection, _ring, kronecker
 from tda.projection import tiles as tiling
 from tda.projection.kronecker import _leading
@@ -185,6 +186,22 @@ def test_a_pilots_moments_are_those_of_the_formed_gradients(monkeypatch, name, l
         torch.testing.assert_close(pilot.left["w"], left, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(pilot.right["w"], right, rtol=1e-4, atol=1e-4)
         assert pilot.energy["w"] == pytest.approx(float(right.trace()), rel=1e-4)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("name", [*FACTORS, "two products", "two tables"])
+def test_gradients_of_several_uses_add_up_and_so_do_their_norms(name, turned):
+    """‖A + B‖² without forming either, of products and lookups that meet in the same rows."""
+    more = {
+        "two products": lambda: [outer(30, 20, 3), outer(30, 20, 4)],
+        "two tables": lambda: [lookup(3), lookup(5)],
+    }
+    factors = (FACTORS | more)[name]()[:: -1 if turned else 1]
+    grad = sum(Dense(factor.rows(0, 30)).grad.double() for factor in factors)
+    torch.testing.assert_close(materialise(factors).double(), grad, rtol=1e-5, atol=1e-5)
+    wanted = grad.square().sum((1, 2)).float()
+    torch.testing.assert_close(tiling.square_norm(factors), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gram_square_norm(factors), wanted, rtol=1e-5, atol=1e-5)
 
 
 SIZES = {"wide": (40, 30), "head": (3, 20), "bias": (8, 1), "unused": (5, 4)}  # 1,288 numbers

@@ -14,9 +14,10 @@ and is never stored whole: ``rows`` gives a slice of it, ``compress`` gives L·G
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -52,9 +53,17 @@ class Outer:
         return self.left.shape[2] * self.left.shape[3], self.right.shape[3]
 
     @property
+    def num_positions(self) -> int:
+        return self.left.shape[1]
+
+    @property
+    def num_groups(self) -> int:
+        return self.left.shape[2]
+
+    @property
     def is_rank_one(self) -> bool:
         """Whether G is one outer product: one position, one group."""
-        return self.left.shape[1] == self.left.shape[2] == 1
+        return self.num_positions == self.num_groups == 1
 
     def rows(self, start: int, stop: int) -> Tensor:
         """G[start:stop] at each example, ``[example, stop-start, I]`` float32."""
@@ -99,9 +108,8 @@ class Outer:
 
     def square_norm(self) -> Tensor | None:
         """‖G‖² ``[example]`` = Σ_ts ⟨left_t, left_s⟩⟨right_t, right_s⟩, where that is cheaper."""
-        _, num_positions, num_groups, size = self.left.shape
-        width = self.shape[1]
-        if num_groups > 1 or num_positions**2 * (size + width) > size * width:
+        size, width = self.shape
+        if self.num_groups > 1 or self.num_positions**2 * (size + width) > size * width:
             return None
         return self.gram_square_norm()
 
@@ -248,6 +256,10 @@ class Lookup:
         return len(self.index)
 
     @property
+    def num_positions(self) -> int:
+        return self.index.shape[1]
+
+    @property
     def shape(self) -> tuple[int, int]:
         return self.num_rows, self.value.shape[2]
 
@@ -257,10 +269,14 @@ class Lookup:
 
     def rows_at(self, ids: Tensor) -> Tensor:
         """G[ids] at each example, ``[example, len(ids), I]`` float32; ids sorted."""
+        size = (self.num_examples, len(ids), self.shape[1])
+        return self.add_at(ids, self.value.new_zeros(size, dtype=torch.float32))
+
+    def add_at(self, ids: Tensor, out: Tensor) -> Tensor:
+        """The same, added to ``out``, in place."""
         place = torch.searchsorted(ids, self.index).clamp(max=len(ids) - 1)
         hit = ids[place] == self.index
         batch, num_positions, width = self.value.shape
-        out = self.value.new_zeros((batch, len(ids), width), dtype=torch.float32)
         value = torch.where(hit[:, :, None], self.value.float(), 0.0)
         return out.scatter_add_(1, place[:, :, None].expand(batch, num_positions, width), value)
 
@@ -268,10 +284,8 @@ class Lookup:
         left = left_basis.T[self.index]
         return torch.bmm(left.mT, self.value.float() @ right_basis.T)
 
-    def square_norm(self) -> Tensor | None:
-        value = self.value.float()
-        same = self.index[:, :, None] == self.index[:, None, :]
-        return (torch.bmm(value, value.mT) * same).sum((1, 2))
+    def square_norm(self) -> Tensor:
+        return inner(self, self)
 
 
 @dataclass(frozen=True)
@@ -336,10 +350,7 @@ class Elementwise:
         return self.factors[0].shape
 
     def rows(self, start: int, stop: int) -> Tensor:
-        whole = self.factors[0].rows(start, stop)
-        for factor in self.factors[1:]:
-            whole = whole + factor.rows(start, stop)
-        return self.function(whole, start, stop)
+        return self.function(sum_of_rows(self.factors, start, stop), start, stop)
 
     def compress(self, left_basis: Tensor, right_basis: Tensor) -> Tensor:
         return left_basis @ self.rows(0, self.shape[0]) @ right_basis.T
@@ -351,10 +362,50 @@ class Elementwise:
 Factor = Outer | Lookup | Dense | Elementwise
 
 
+def sum_of_rows(factors: list[Factor], start: int, stop: int) -> Tensor:
+    """Σ of factors of one parameter: G[start:stop], ``[example, stop-start, I]`` float32."""
+    first, *more = sorted(factors, key=lambda factor: not isinstance(factor, Outer))
+    whole = first.rows(start, stop)
+    for factor in more:
+        if isinstance(factor, Lookup) and isinstance(first, Outer):  # whose rows are new numbers
+            factor.add_at(torch.arange(start, stop, device=factor.device), whole)
+        else:
+            whole = whole + factor.rows(start, stop)
+    return whole
+
+
 def materialise(factors: list[Factor]) -> Tensor:
     """Σ of factors of one parameter, ``[example, O, I]`` float32."""
-    num_rows = factors[0].shape[0]
-    total = factors[0].rows(0, num_rows)
-    for factor in factors[1:]:
-        total = total + factor.rows(0, num_rows)
-    return total
+    return sum_of_rows(factors, 0, factors[0].shape[0])
+
+
+def gram_square_norm(factors: Sequence[Outer | Lookup]) -> Tensor:
+    """‖Σ_a G_a‖² = Σ_ab ⟨G_a, G_b⟩ ``[example]``, of outer products of one group and lookups."""
+    own = [f.gram_square_norm() if isinstance(f, Outer) else f.square_norm() for f in factors]
+    between = [2 * inner(a, b) for a, b in combinations(factors, 2)]
+    return torch.stack(own + between).sum(0)
+
+
+def inner(a: Outer | Lookup, b: Outer | Lookup) -> Tensor:
+    """⟨G_a, G_b⟩ = Σ_ts ⟨left_at, left_bs⟩⟨right_at, right_bs⟩ ``[example]``; of one group."""
+    if isinstance(a, Lookup) and isinstance(b, Lookup):
+        lefts = (a.index[:, :, None] == b.index[:, None]).float()
+    elif isinstance(a, Lookup):
+        return inner(b, a)
+    elif isinstance(b, Lookup):
+        places = b.index[:, None].expand(-1, a.num_positions, -1)
+        lefts = a.left[:, :, 0].gather(2, places)
+    else:
+        lefts = _gram(a.alike()[0][:, :, 0], b.alike()[0][:, :, 0])
+    return (lefts * _gram(_rights(a), _rights(b))).sum((1, 2))
+
+
+def _rights(factor: Outer | Lookup) -> Tensor:
+    """``[example, position, I]``, in the type that it is multiplied in."""
+    return factor.value.float() if isinstance(factor, Lookup) else factor.alike()[1][:, :, 0]
+
+
+def _gram(a: Tensor, b: Tensor) -> Tensor:
+    """⟨a_t, b_s⟩ ``[example, t, s]`` float32."""
+    kind = torch.promote_types(a.dtype, b.dtype)
+    return torch.bmm(a.to(kind), b.to(kind).mT).float()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tda.gradients import Convolved, Factor, Lookup, Outer
+from tda.gradients.factors import gram_square_norm, sum_of_rows
 
 Shapes = Mapping[str, tuple[int, int]]  # each parameter as a matrix [O, I]
 _TILE_FLOATS = 2**21  # one tile of gradients: 8 MiB, which stays in a cache
@@ -94,7 +95,7 @@ def tiles(factors: list[Factor]) -> Iterator[Tile]:
                 yield Tile(row * width, block[:, place])
         return
     for start in range(0, num_rows, step):
-        block = total([f.rows(start, min(start + step, num_rows)) for f in factors])
+        block = sum_of_rows(factors, start, min(start + step, num_rows))
         yield Tile(start * width, block.flatten(1))
 
 
@@ -116,15 +117,24 @@ def square_norm(factors: list[Factor]) -> Tensor:
     known = known_square_norm(factors)
     if known is not None:
         return known
-    if len(factors) == 1 and isinstance(first, Outer) and first.left.shape[2] == 1:
-        num_positions, (num_rows, width) = first.left.shape[1], first.shape
-        if num_positions * (num_rows + width) <= num_rows * width:
-            return first.gram_square_norm()
+    sides = _short_sides(factors)
+    if sides is not None:
+        return gram_square_norm(sides)
     square = [
         total([row_square_norm(tile.values) for tile in tiles(some)])
         for _, some in few_examples(factors)
     ]
     return torch.cat(square)
+
+
+def _short_sides(factors: list[Factor]) -> list[Outer | Lookup] | None:
+    """The same, where products of all pairs of their positions cost less than forming G."""
+    sides = [
+        f for f in factors if isinstance(f, Lookup) or (isinstance(f, Outer) and f.num_groups == 1)
+    ]
+    (num_rows, width), num_positions = factors[0].shape, sum(f.num_positions for f in sides)
+    are_short = num_positions * (num_rows + width) <= num_rows * width
+    return sides if are_short and len(sides) == len(factors) else None
 
 
 def row_square_norm(values: Tensor) -> Tensor:
