@@ -266,7 +266,7 @@ def test_a_run_goes_on_in_the_numbers_it_has(tmp_path, monkeypatch):
     task = tda.Task(torch.nn.Linear(8, 3), measurement="cross_entropy")
     options = {"projection": "kronecker", "proj_dim": 20, "dtype": "float32", "progress": False}
     with monkeypatch.context() as earlier:
-        earlier.setattr(Pilot, "_shares", lambda *given: {"weight": 9, "bias": 2})
+        earlier.setattr(Pilot, "shares", lambda *given: {"weight": 9, "bias": 2})
         tda.index(task, tuple(values[:12] for values in data), tmp_path / "run", **options)
     run = tda.index(task, data, tmp_path / "run", **options)
     assert run.store.manifest["projection"]["dim"] == 11 and len(run.ids) == 20
