@@ -183,12 +183,12 @@ def split(example: Any, num_examples: int = 1) -> tuple[Any, dict[str, Any]]:
         content = {k: _tensor(v) for k, v in example.items() if k not in RIDE_ALONG}
         if "target" in content and "label" in content:  # then the label is only shown
             extras["label"] = content.pop("label")
-        target = next((content[k] for k in _TARGETS if k in content), None)
     else:
         values = example if isinstance(example, tuple | list) else (example,)
         content = tuple(_tensor(value) for value in values)
         extras = {}
-        target = content[-1] if len(content) > 1 else None
+    place = target_of(content)
+    target = None if place is None else content[place]
     if (
         "label" not in extras
         and isinstance(target, torch.Tensor)
@@ -196,6 +196,13 @@ def split(example: Any, num_examples: int = 1) -> tuple[Any, dict[str, Any]]:
     ):
         extras["label"] = target
     return content, extras
+
+
+def target_of(content: Any) -> Any:
+    """Where the target is in what the model sees: a key of a dict, a place in a tuple, or None."""
+    if isinstance(content, Mapping):
+        return next((name for name in _TARGETS if name in content), None)
+    return len(content) - 1 if len(content) > 1 else None
 
 
 def _tensor(value: Any) -> Any:

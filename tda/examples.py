@@ -2,6 +2,7 @@
 
 id        as given; else the digest of the content
 digest    of what the model sees: a run that goes on knows its examples by it
+input     the same without the target: equal ones under several labels are known by it
 columns   what rides along, as arrays that a store keeps and a report shows
 """
 
@@ -10,21 +11,21 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
-from tda.data import NUMBERED, RIDE_ALONG, Dataset, read, split, split_all
+from tda.data import NUMBERED, RIDE_ALONG, Dataset, read, split, split_all, target_of
 from tda.errors import DataError
 
 MAX_TEXT = 2000
 _DIGEST_BYTES = 16
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 _READ_TWICE = 8  # examples: enough to meet an augmentation that is made half of the time
-_HASHED_BYTES = 2**22  # of arrays, laid out example by example at a time
+_HASHED_BYTES = 2**20  # of arrays, laid out example by example at a time
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,14 @@ class Examples:
     """What is known of a data set without its model.
 
     ids: ``[example]`` unique strings; digests: ``[example, 16]`` uint8, of what the model sees;
-    columns: those of ``label``, ``source``, ``group``, ``text``, ``image``, ``row`` that are there.
+    columns: those of ``label``, ``source``, ``group``, ``text``, ``image``, ``row`` that are there;
+    inputs: ``[example, 16]`` uint8, of what the model sees without the target, if all have one.
     """
 
     ids: np.ndarray
     digests: np.ndarray
     columns: dict[str, np.ndarray] = field(default_factory=dict)
+    inputs: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -61,29 +64,34 @@ def describe(dataset: Dataset, tick: Callable[[int], None] = lambda count: None)
     extras: dict[str, list[Any]] = {}
     stacked = split_all(dataset)
     if stacked is not None:
-        digests = _digests(stacked[0], len(dataset), tick)
+        digests, inputs = _digests(stacked[0], len(dataset), tick)
         for name, values in stacked[1].items():
             extras[name] = values.flatten().tolist() if name == "label" else [*values]
     else:
-        digests = np.empty((len(dataset), _DIGEST_BYTES), np.uint8)
+        digests, inputs = bytearray(), bytearray()
         for index in range(len(dataset)):
             content, extra = split(read(dataset, index))
-            digest = _digest_of(content, index)
+            digest, of_input = _digests_of(content, index)
             if index < _READ_TWICE:
                 _require_same(digest, dataset, index)
-            digests[index] = np.frombuffer(digest, np.uint8)
+            digests += digest
+            inputs += of_input
             for name, value in extra.items():
                 extras.setdefault(name, [None] * len(dataset))[index] = value
             tick(1)
     columns: dict[str, np.ndarray] = {
         name: _column(name, extras[name]) for name in ("label", *RIDE_ALONG[1:]) if name in extras
     }
-    return Examples(_ids(extras.get("id"), digests), digests, columns)
+    of_all, of_inputs = (
+        np.frombuffer(of, np.uint8).reshape(-1, _DIGEST_BYTES) for of in (digests, inputs)
+    )
+    ids = _ids(extras.get("id"), of_all)
+    return Examples(ids, of_all, columns, of_inputs if len(of_inputs) == len(ids) else None)
 
 
 def _require_same(digest: bytes, dataset: Dataset, index: int) -> None:
     """Raises DataError if the example is another one when it is read again."""
-    if _digest_of(split(read(dataset, index))[0], index) != digest:
+    if _digests_of(split(read(dataset, index))[0], index)[0] != digest:
         raise DataError(
             "an example is another one each time it is read",
             where=f"example {index}",
@@ -93,11 +101,18 @@ def _require_same(digest: bytes, dataset: Dataset, index: int) -> None:
         )
 
 
-def _digest_of(content: Any, index: int) -> bytes:
-    """The digest of what the model sees; a failure becomes a DataError that names the example."""
+def _digests_of(content: Any, index: int) -> tuple[bytes, bytes]:
+    """The digest of what the model sees, and of its input alone: nothing if there is no target.
+
+    A failure becomes a DataError that names the example.
+    """
     state = hashlib.blake2b(digest_size=_DIGEST_BYTES)
     try:
-        _digest(content, state)
+        before, target, after = _in_order(content)
+        _digest_parts(content, before, state)
+        of_input = state.copy()
+        _digest_parts(content, after, of_input)
+        _digest_parts(content, [*target, *after], state)
     except Exception as error:
         raise DataError(
             f"the content of example {index} cannot be told from that of others",
@@ -106,7 +121,26 @@ def _digest_of(content: Any, index: int) -> bytes:
             "that goes on looks whether its examples are the same",
             do="give it as a tensor, or give its class a __repr__ that tells its content",
         ) from error
-    return state.digest()
+    return state.digest(), of_input.digest() if target else b""
+
+
+def _in_order(content: Any) -> tuple[list[Any], list[Any], list[Any]]:
+    """Names of the parts as they are hashed: before the target, its own if there is an input
+    beside it, and after it."""
+    names, target = _names(content), target_of(content)
+    place = names.index(target) if target in names and len(names) > 1 else len(names)
+    return names[:place], names[place : place + 1], names[place + 1 :]
+
+
+def _names(content: Any) -> list[Any]:
+    return sorted(content) if isinstance(content, Mapping) else [*range(len(content))]
+
+
+def _digest_parts(content: Any, names: Sequence[Any], state: Any) -> None:
+    for name in names:
+        if isinstance(content, Mapping):
+            state.update(f"{name}=".encode())
+        _digest(content[name], state)
 
 
 def _digest(content: Any, state: Any) -> None:
@@ -114,13 +148,8 @@ def _digest(content: Any, state: Any) -> None:
         array = content.detach().cpu().contiguous()
         state.update(f"{array.dtype}{tuple(array.shape)}".encode())
         state.update(array.reshape(-1).view(torch.uint8).numpy().data)
-    elif isinstance(content, Mapping):
-        for name in sorted(content):
-            state.update(f"{name}=".encode())
-            _digest(content[name], state)
-    elif isinstance(content, tuple | list):
-        for part in content:
-            _digest(part, state)
+    elif isinstance(content, Mapping | tuple | list):
+        _digest_parts(content, _names(content), state)
     elif isinstance(content, str | bytes | np.generic):
         state.update(repr(content).encode())
     elif hasattr(content, "__array_interface__") or hasattr(content, "__array__"):
@@ -143,25 +172,46 @@ def _digest_array(array: np.ndarray, state: Any) -> None:
         state.update(array.tobytes())
 
 
-def _digests(content: Any, num_examples: int, tick: Callable[[int], None]) -> np.ndarray:
-    """`_digest` of each example of stacked tensors: ``[example, 16]``."""
-    names = sorted(content) if isinstance(content, Mapping) else range(len(content))
-    digests = bytearray()
-    one = sum(content[name][:1].nbytes for name in names)
+def _digests(
+    content: Any, num_examples: int, tick: Callable[[int], None]
+) -> tuple[bytearray, bytearray]:
+    """`_digests_of` each example of stacked tensors, one after the other."""
+    digests, inputs = bytearray(), bytearray()
+    before, target, after = _in_order(content)
+    names = before, [*target, *after], after
+    one = sum(content[name][:1].nbytes for part in names for name in part)
     step = max(1, _HASHED_BYTES // max(1, one))
     for start in range(0, num_examples, step):
-        count = min(step, num_examples - start)
-        parts = []
-        for name in names:
-            array = content[name][start : start + count].detach().cpu().contiguous()
-            key = f"{name}=" if isinstance(content, Mapping) else ""
-            head = f"{key}{array.dtype}{tuple(array.shape[1:])}".encode()
-            parts.append(np.broadcast_to(np.frombuffer(head, np.uint8), (count, len(head))))
-            parts.append(array.reshape(-1).view(torch.uint8).numpy().reshape(count, -1))
-        for data in np.concatenate(parts, axis=1):
-            digests += hashlib.blake2b(data, digest_size=_DIGEST_BYTES).digest()
-        tick(count)
-    return np.frombuffer(digests, np.uint8).reshape(-1, _DIGEST_BYTES)
+        some = slice(start, min(start + step, num_examples))
+        laid_out = (_laid_out(content, part, some) for part in names)
+        for head, rest, tail in zip(*laid_out, strict=True):
+            state = hashlib.blake2b(head, digest_size=_DIGEST_BYTES)
+            if target:
+                inputs += _with(tail, state).digest() if after else state.digest()
+                state.update(rest)
+            digests += state.digest()
+        tick(some.stop - start)
+    return digests, inputs
+
+
+def _laid_out(content: Any, names: Sequence[Any], some: slice) -> np.ndarray:
+    """What is hashed of these parts of some examples: ``[example, byte]``."""
+    count = some.stop - some.start
+    parts = [np.empty((count, 0), np.uint8)]
+    for name in names:
+        array = content[name][some].detach().cpu().contiguous()
+        key = f"{name}=" if isinstance(content, Mapping) else ""
+        head = f"{key}{array.dtype}{tuple(array.shape[1:])}".encode()
+        parts.append(np.broadcast_to(np.frombuffer(head, np.uint8), (count, len(head))))
+        parts.append(array.reshape(-1).view(torch.uint8).numpy().reshape(count, -1))
+    return np.concatenate(parts, axis=1)
+
+
+def _with(tail: np.ndarray, state: Any) -> Any:
+    """A state that has seen this too; the one given has not."""
+    state = state.copy()
+    state.update(tail)
+    return state
 
 
 def _ids(given: list[Any] | None, digests: np.ndarray) -> np.ndarray:

@@ -24,7 +24,7 @@ from tda.progress import Tick, progress_bar
 from tda.run import Run
 from tda.scorer.row_weights import curvature_weights
 from tda.store import Store, Table
-from tda.store.arrays import COLUMNS
+from tda.store.arrays import COLUMNS, OWN
 from tda.store.deleted import KEY
 from tda.store.files import Place, as_place, beside, read_file, write_file
 from tda.store.lock import sole_writer
@@ -127,9 +127,9 @@ def compact(path: str | Place, target: str | Place, *, progress: bool = False) -
 
 
 def _examples(table: Table) -> Examples:
-    known = {"id", "digest", *COLUMNS}
-    columns = {name: table.column(name) for name in table.columns() if name not in known}
-    return Examples(table.column("id"), table.column("digest"), columns)
+    columns = {name: table.column(name) for name in table.columns() if name not in OWN}
+    inputs = table.column("input_digest") if "input_digest" in table.columns() else None
+    return Examples(table.column("id"), table.column("digest"), columns, inputs)
 
 
 def _copy(table: Table, into: Table, tick: Tick) -> None:

@@ -210,10 +210,10 @@ def fake_find(
     near = valuation.neighbours(run.cosine.T, 15)
     classes = labels is not None and labels.dtype.kind != "f"
     one = np.ones(1)
-    pairs = Pairs(np.array([0]), np.array([1]), 0.999 * one, 0.998 * one, one > 2)
+    pairs = Pairs(np.array([0]), np.array([1]), 0.999 * one, 0.998 * one, one > 2, one > 2)
     two = np.array([0, 1])
     copies = valuation.DuplicateGroups(two, two * 0, two * 0, two > 5, ids, pairs)
-    leak = Pairs(np.array([0]), np.array([2]), one, one, one > 0)
+    leak = Pairs(np.array([0]), np.array([2]), one, one, one > 0, one > 0)
     return Findings(
         values=valuation.Values(
             ids, ("all",), np.array([queries.num_rows]), replicates, None, False, "influence"

@@ -54,7 +54,7 @@ def examples(n: int = N) -> Examples:
         "text": np.array(["text " * (i % 4) for i in range(n)]),
         "image": np.random.default_rng(2).integers(0, 256, (100, 3, 2), dtype=np.uint8)[:n],
     }
-    return Examples(ids, digests, columns)
+    return Examples(ids, digests, columns, inputs=digests ^ 1)
 
 
 def values(checkpoint: int, start: int, stop: int) -> tuple[np.ndarray, dict, np.ndarray]:

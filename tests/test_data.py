@@ -64,6 +64,7 @@ def test_arrays_hash_as_their_examples_do(monkeypatch, name):
     together = describe(as_dataset(ARRAYS[name]), ticks.append)
     alone = describe(OneByOne(ARRAYS[name]))
     np.testing.assert_array_equal(together.digests, alone.digests)
+    np.testing.assert_array_equal(together.inputs, alone.inputs)
     np.testing.assert_array_equal(together.ids, alone.ids)
     assert together.columns.keys() == alone.columns.keys()
     for column, values in alone.columns.items():

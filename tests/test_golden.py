@@ -65,7 +65,7 @@ def test_the_manifest_is_the_same_but_for_versions(golden: Run, remade: Run):
 @pytest.mark.parametrize("name", ["train", "queries/test"])
 def test_rows_and_columns_are_the_same(golden: Run, remade: Run, name: str):
     known, made = golden.store.table(name), remade.store.table(name)
-    assert made.columns() == known.columns()
+    assert {*made.columns()} == {*known.columns(), "input_digest"}  # the run is an older one
     for column in known.columns():
         ours, theirs = made.column(column), known.column(column)
         if ours.dtype == np.float32:

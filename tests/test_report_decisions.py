@@ -59,16 +59,25 @@ def test_every_example_has_one_action_and_all_its_reasons():
     """A leaked copy is removed once; a copy under another label is looked at; the rest kept."""
     ids, asked = np.array([f"t{i}" for i in range(6)]), np.array(["q0", "q1"])
     one = np.ones(2)
-    pairs = Pairs(np.array([0, 2]), np.array([1, 3]), one, one, one > 0)
+    pairs = Pairs(np.array([0, 2]), np.array([1, 3]), one, one, one > 0, one > 0)
     copies = DuplicateGroups(
         np.array([0, 1, 2, 3]), np.array([0, 0, 1, 1]), np.array([0, 0, 2, 2]),
         np.array([False, False, True, True]), ids, pairs,
     )  # fmt: skip
-    leaks = Pairs(np.array([1]), np.array([1]), one[:1], one[:1], one[:1] > 0)
+    leaks = Pairs(np.array([1]), np.array([1]), one[:1], one[:1], one[:1] > 0, one[:1] > 0)
     found = Findings(copies=copies, leakage=Leakage(leaks, asked, ids, 2))
     actions = propose(Values(np.zeros(6)), found, ids, asked)
     assert [(a.index, a.action) for a in actions] == [(1, "remove"), (2, "review"), (3, "review")]
     assert actions[0].notes == ("copy of query q1", "copy of t0")
+
+
+def test_equal_inputs_under_several_labels_are_called_so_and_not_near(run):
+    data = collect(run)
+    leaks = [replace(leak, exact=False, same_input=True) for leak in data.decisions.leaks]
+    data = replace(data, decisions=replace(data.decisions, leaks=tuple(leaks), copies=()))
+    text = Page(render(data)).text
+    assert "equal inputs" in text and "Near: the model" not in text
+    assert summarise(data)["decisions"]["leaks"][0]["same_input"]
 
 
 @pytest.mark.parametrize(("independent", "proposed"), [(True, [(3, "remove")]), (False, [])])
@@ -84,7 +93,7 @@ def test_harm_is_acted_on_only_where_trainings_are_independent(independent, prop
 def test_no_cell_of_the_actions_is_a_formula():
     ids = np.array(["=cmd|' /C calc'!A0", "+1", "@x", "-2", "ok"])
     one = np.ones(4)
-    pairs = Pairs(np.zeros(4, int), np.arange(1, 5), one, one, one > 0)
+    pairs = Pairs(np.zeros(4, int), np.arange(1, 5), one, one, one > 0, one > 0)
     group = DuplicateGroups(
         np.arange(5), np.zeros(5, int), np.zeros(5, int), np.zeros(5) > 0, ids, pairs
     )

@@ -40,6 +40,7 @@ class Copies:
     size: int
     similarity: float  # the smallest that joined them
     exact: bool
+    same_input: bool
     conflicting: bool
     value: float  # Σ value of the group
 
@@ -52,6 +53,7 @@ class Leak:
     train: Scored  # with its value
     similarity: float
     exact: bool
+    same_input: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,6 +199,7 @@ def _groups(
                 int(sizes[g]),
                 float(copies.pairs.similarity[mine].min()),
                 bool(copies.pairs.exact[mine].all()),
+                bool(copies.pairs.same_input[mine].all()),
                 bool(conflicting[g]),
                 float(values.mean[members].sum()),
             )
@@ -216,6 +219,7 @@ def _leaks(train: Gallery, queries: Gallery, values: Values, found: Findings) ->
             valued(train, values, int(pairs.right[i])),
             float(pairs.similarity[i]),
             bool(pairs.exact[i]),
+            bool(pairs.same_input[i]),
         )
         for i in order
     )

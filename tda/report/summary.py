@@ -164,6 +164,7 @@ def _decisions(data: ReportData) -> dict[str, Any] | None:
                 "size": group.size,
                 "similarity": group.similarity,
                 "exact": group.exact,
+                "same_input": group.same_input,
                 "conflicting": group.conflicting,
                 "value": group.value,
                 "num_more": group.size - len(group.examples),
@@ -176,6 +177,7 @@ def _decisions(data: ReportData) -> dict[str, Any] | None:
                 "train": _scored(leak.train, "value"),
                 "similarity": leak.similarity,
                 "exact": leak.exact,
+                "same_input": leak.same_input,
             }
             for leak in found.leaks
         ],

@@ -18,6 +18,7 @@ from tda.store.bounds import array_fault
 from tda.store.encoding import width
 
 COLUMNS = ("loss", "p", "slope", "curvature", "grad_norm")  # one number an example and checkpoint
+OWN = {"id", "digest", "input_digest", *COLUMNS}  # of the store; all others are what rides along
 CHECKPOINT = "checkpoint"
 
 _FILL = {"uint16": 0x7FC0, "float32": np.nan, "int8": 0, "uint8": 0, "int64": 0}  # 0x7FC0: bf16 NaN
@@ -25,6 +26,7 @@ _INT4_FILL = 0xFF  # a scale of 0xFFFF is a NaN
 _AXES = {
     "label": ("class",),
     "digest": ("byte",),
+    "input_digest": ("byte",),
     "image": ("height", "width", "channel"),
     "row": ("feature",),
 }

@@ -135,6 +135,7 @@ def table_fault(
             return f"{name} has {count} chunks, and its mark lists {len(sizes)} files"
         if any(sizes.get(spec.key(chunk)) != spec.num_bytes + 4 for chunk in range(count)):
             return f"the mark does not list the {count} chunks of {name}"
-    if specs["digest"].shape[1:] != (16,) or specs["digest"].dtype != "uint8":
-        return f"digests have the shape {list(specs['digest'].shape)}"
+    digests = [specs[name] for name in ("digest", "input_digest") if name in specs]
+    if any(spec.shape[1:] != (16,) or spec.dtype != "uint8" for spec in digests):
+        return f"digests have the shape {[list(spec.shape) for spec in digests]}"
     return None

@@ -136,12 +136,12 @@ def encode_column(name: str, values: np.ndarray) -> tuple[np.ndarray, str]:
     """(array ``[n, ...]`` as stored, its encoding) of what is known of each example.
 
     Strings become UTF-8, whole numbers int64, others float32 (``row`` is ``[n, feature]``);
-    ``digest`` and ``image`` are uint8 as they are. Raises DataError for anything else.
+    digests and ``image`` are uint8 as they are. Raises DataError for anything else.
     """
     values = np.asarray(values)
     kind = values.dtype.kind
-    if name in ("digest", "image"):
-        shaped = values.ndim == 2 if name == "digest" else _is_picture(values)
+    if name in ("digest", "input_digest", "image"):
+        shaped = _is_picture(values) if name == "image" else values.ndim == 2
         if values.dtype == np.uint8 and shaped:
             return values, ""
     elif values.ndim > 2 or (values.ndim == 2 and name not in ("label", "row")):

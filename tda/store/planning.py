@@ -14,7 +14,7 @@ import numpy as np
 
 from tda.errors import DataError, MismatchError, StoreError
 from tda.examples import Examples
-from tda.store.arrays import COLUMNS, ArraySpec, group_document, layout
+from tda.store.arrays import OWN, ArraySpec, group_document, layout
 from tda.store.encoding import check_dtype, encode_column
 from tda.store.files import Place, Remote, list_files, remove_file
 from tda.store.manifest import CURVATURE, QUERIES, TRAIN, dtype_of_rows, read_manifest
@@ -32,12 +32,12 @@ from tda.store.marks import (
 )
 from tda.store.table import Table
 
-Static = Mapping[str, tuple[np.ndarray, str]]
+Static = dict[str, tuple[np.ndarray, str]]
 
 # ``text``, ``image`` and ``row`` show the content, of which the digest is compared.
 _COMPARED = ("digest", "label", "source", "group")
 _AXES = {TRAIN: "train", QUERIES: "query", CURVATURE: "row"}
-_RESERVED = {"rows", "scale", "embedding", "done", "id", "digest", *COLUMNS}
+_RESERVED = {"rows", "scale", "embedding", "done", *OWN}
 
 
 def plan_table(
@@ -67,6 +67,8 @@ def plan_table(
     if stored is not None:
         (_require_alike if changed else _require_same)(stored, examples, hidden)
         chunk_rows = stored.chunk_rows
+        if "input_digest" not in stored.specs:  # begun before there was one: it goes on as it is
+            static.pop("input_digest", None)
     elif name == TRAIN and not changed:
         _require_record(run, manifest, examples)
     else:
@@ -110,6 +112,8 @@ def _encode(examples: Examples) -> Static:
     if clash:
         raise DataError("a column has a name the store needs", found=", ".join(sorted(clash)))
     given = {"id": examples.ids, "digest": examples.digests, **examples.columns}
+    if examples.inputs is not None:
+        given["input_digest"] = examples.inputs
     for name, values in given.items():
         if len(values) != len(examples):
             raise DataError(
@@ -148,7 +152,7 @@ def _require_same(stored: Table, examples: Examples, hidden: int | None) -> None
     n = min(stored.num_rows, len(examples))
     if stored.hidden != hidden:
         raise _mismatch(stored, f"an embedding of width {hidden}", f"width {stored.hidden}")
-    here, there = set(examples.columns), set(stored.columns()) - {"id", "digest", *COLUMNS}
+    here, there = set(examples.columns), set(stored.columns()) - OWN
     if here != there:
         raise _mismatch(stored, f"columns {sorted(here)}", f"columns {sorted(there)}")
     ids = stored.column("id")

@@ -8,11 +8,12 @@ are nearer to each other than the density of the examples around them explains: 
 network maps whole regions to one direction, and what lies there is no copy. λ is the number of
 examples that chance brings within their distance r (Levina and Bickel 2004), and of the examples
 called near-duplicates 1 in 20 at most is expected to be so by chance (Benjamini and Hochberg 1995):
-`tda.valuation.chance`. Equal inputs with different labels have opposed gradients: across labels the
-last hidden layers must agree to rounding instead.
+`tda.valuation.chance`. Inputs as good as equal with different labels have opposed gradients: across
+labels the last hidden layers must agree to rounding instead.
 
-Two kinds are found whatever the model makes of them: equal content, and texts that differ by one
-word in ten or less (`tda.valuation.texts`).
+Three kinds are found whatever the model makes of them: equal content; equal inputs with different
+labels, but in runs that were begun before inputs had digests of their own; and texts that differ by
+one word in ten or less (`tda.valuation.texts`).
 """
 
 from __future__ import annotations
@@ -45,10 +46,11 @@ BLOCK = 256  # queries whose matches are held at a time
 class Pairs:
     """Pairs of near-identical examples, ordered by left, then right index.
 
-    left, right ``[pair]``: indices. similarity ``[pair]``: cosine in the space searched. gradient
-    ``[pair]``: cosine of gradients, NaN where not looked at. exact ``[pair]``: equal content.
+    left, right ``[pair]``: indices. similarity ``[pair]``: cosine in the space searched, 1 of equal
+    inputs. gradient ``[pair]``: cosine of gradients, NaN where not looked at. exact ``[pair]``:
+    equal content. same_input ``[pair]``: equal inputs; if not exact, under different labels.
     recall: share of the nearest examples that were looked at: below 1 in a very large set, where
-    the search is approximate and only equal content is certain to be found.
+    the search is approximate and only equal content and inputs are certain to be found.
     """
 
     left: np.ndarray
@@ -56,6 +58,7 @@ class Pairs:
     similarity: np.ndarray
     gradient: np.ndarray
     exact: np.ndarray
+    same_input: np.ndarray
     recall: float = 1.0
 
     def __len__(self) -> int:
@@ -118,6 +121,7 @@ class Leakage:
                 "similarity": self.pairs.similarity,
                 "gradient": self.pairs.gradient,
                 "exact": self.pairs.exact,
+                "same_input": self.pairs.same_input,
             }
         )
 
@@ -167,10 +171,9 @@ def duplicates(
     np.minimum.at(first, group, np.arange(train.num_rows))
     member = member[np.lexsort((member, first[group[member]]))]
     representative = first[group[member]]
-    labels = _labels(train)
+    several = _differ(train, train, pairs.left, pairs.right) | pairs.same_input & ~pairs.exact
     differs = np.zeros(len(size), bool)
-    if labels is not None:
-        np.logical_or.at(differs, group[pairs.left], labels[pairs.left] != labels[pairs.right])
+    np.logical_or.at(differs, group[pairs.left], several)
     number = np.unique(representative, return_inverse=True)[1]
     return DuplicateGroups(member, number, representative, differs[group[member]], run.ids, pairs)
 
@@ -202,30 +205,40 @@ def _same(
 
     near: the nearest in ``space`` of each example of ``left``. rows: the directions of these, where
     they are not those of ``space``. Candidates are the nearest of each example, and those of equal
-    content: in a last layer that maps thousands of examples onto one point, more pairs pass than
-    can be looked at.
+    content or input: in a last layer that maps thousands of examples onto one point, more pairs
+    pass than can be looked at.
     """
     one, two = space.unit if rows is None else rows, space.unit
-    content = left.column("digest"), right.column("digest")
+    content, inputs = (left.column("digest"), right.column("digest")), _inputs(left, right)
     read = near_texts(left, right, within)
-    found = _candidates(near, _checked(threshold), within), _equal(*content, within), read
-    a, b = _unique(np.concatenate([f[0] for f in found]), np.concatenate([f[1] for f in found]))
+    equal = _equal(*content, within), _equal(*inputs, within)
+    looked_at = _candidates(near, _checked(threshold), within), *equal, read
+    a, b = _unique(*(np.concatenate(side) for side in zip(*looked_at, strict=True)))
     alike = _among(a, b, read)
     exact = (content[0][a] == content[1][b]).all(1)
-    similarity = np.empty(len(a))
+    same = exact | (inputs[0][a] == inputs[1][b]).all(1)
+    cosine = np.empty(len(a))
     for some in _parts(len(a), two.shape[1]):
-        similarity[some] = np.einsum("pd,pd->p", one[a[some]], two[b[some]])
-    similarity = np.where(exact, 1.0, np.minimum(similarity, 1))
-    gradient, close = similarity, np.ones(len(a), bool)
+        cosine[some] = np.einsum("pd,pd->p", one[a[some]], two[b[some]])
+    similarity, gradient = (np.where(of, 1.0, np.minimum(cosine, 1)) for of in (same, exact))
+    close = np.ones(len(a), bool)
     if right.hidden:
         gradient = _gradient_cosines(left, right, a, b)
         close = (gradient >= threshold) | _differ(left, right, a, b) & (similarity >= SAME)
-    asked = close & ~exact & ~alike
+    asked = close & ~same & ~alike
     sides = (a[asked], b[asked]) if within else (a[asked],)
     chance = expected(space, near, similarity[asked], *sides)
-    keep = exact | alike
+    keep = same | alike
     keep[asked] = rare(left.num_rows, chance, *sides)
-    return Pairs(a[keep], b[keep], similarity[keep], gradient[keep], exact[keep], near.recall)
+    a, b, similarity, gradient = a[keep], b[keep], similarity[keep], gradient[keep]
+    return Pairs(a, b, similarity, gradient, exact[keep], same[keep], near.recall)
+
+
+def _inputs(left: Any, right: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Digests of both tables' inputs; of all content where those are not known."""
+    known = all("input_digest" in table.columns() for table in (left, right))
+    name = "input_digest" if known else "digest"
+    return left.column(name), right.column(name)
 
 
 def _candidates(near: Neighbours, threshold: float, within: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -306,6 +319,7 @@ def _pairs(found: Sequence[tuple[np.ndarray, ...]]) -> Pairs:
         right[order].astype(np.int64),
         similarity[order],
         np.full(count, np.nan),
+        np.zeros(count, bool),
         np.zeros(count, bool),
     )
 
