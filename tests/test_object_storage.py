@@ -232,7 +232,7 @@ def test_an_append_puts_only_what_is_new(url):
     documents = len([key for key in list_files(as_place(url) / "train") if "zarr.json" in key])
     before = Counter(traffic)
     store.plan("train", stored.examples(64), stored.H)
-    columns = 6  # id, digest, label, source, text, image: a chunk of four rows each
+    columns = 7  # id, digests, label, source, text, image: a chunk of four rows each
     assert asked(before)["PUT"] == columns + documents + 2  # the mark and the manifest
 
 
