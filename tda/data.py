@@ -262,6 +262,11 @@ def read(dataset: Dataset, index: int) -> Any:
         ) from error
 
 
+def evenly(size: int, count: int) -> np.ndarray:
+    """So many places, or all there are, evenly over ``size``: int64, ascending."""
+    return np.linspace(0, size - 1, min(count, size)).round().astype(np.int64)
+
+
 Collate = Callable[[list[Any]], Any]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tda.batch_size import BatchSize, automatic
 from tda.curvature import kfac
-from tda.data import Batch, Dataset, collate, read
+from tda.data import Batch, Dataset, collate, evenly, read
 from tda.gradients import Audit, Consume, Convolved, Dense, Factor, Gradients, shapes_of
 from tda.measurements import Link
 from tda.progress import progress_bar
@@ -242,7 +242,7 @@ class Featurizer:
     def _sample(self, dataset: Dataset, count: int, size: int, consume: Consume) -> list[Any]:
         """Gradients of examples spread evenly over the data, ``size`` at a time."""
         self.at(len(self.task.checkpoints) - 1)
-        places = _spread(len(dataset), count)
+        places = evenly(len(dataset), count).tolist()
         found = []
         for first in range(0, len(places), size):
             some = places[first : first + size]
@@ -263,7 +263,7 @@ class Featurizer:
                 self.at(len(self.task.checkpoints) - 1)
             size = automatic(
                 lambda count: self.gradients.forward(
-                    self._batch(dataset, _spread(len(dataset), count))
+                    self._batch(dataset, evenly(len(dataset), count).tolist())
                 ),
                 len(dataset),
                 self.gradients.device,
@@ -327,11 +327,6 @@ class Featurizer:
         """Γ is not linear in the gradient of the loss: ℓ'(f) must be known before the backward."""
         slope = self._link(self.gradients.output(batch), batch).slope
         return Update(self._moments, slope.float().to(self.gradients.device))
-
-
-def _spread(size: int, count: int) -> list[int]:
-    """So many places, or all there are, spread evenly over ``size``."""
-    return np.linspace(0, size - 1, min(count, size)).round().astype(int).tolist()
 
 
 def _many_channels(factors: list[Factor]) -> int:

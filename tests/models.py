@@ -267,6 +267,20 @@ def perceptron(*, squash: Callable[[], nn.Module] = nn.Tanh) -> nn.Module:
     return nn.Sequential(nn.Linear(5, 6), squash(), nn.Dropout(0.5), nn.Linear(6, 3))
 
 
+def saturated(inputs: torch.Tensor, labels: torch.Tensor) -> nn.Module:
+    """A small network of two classes in the plane, fitted until it hardly errs: it brings most
+    examples to few directions."""
+    torch.manual_seed(0)
+    relu, linear = nn.ReLU(), nn.Linear
+    model = nn.Sequential(linear(2, 32), relu, linear(32, 32), relu, linear(32, 2))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(300):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(inputs), labels).backward()
+        optimizer.step()
+    return model
+
+
 def digits_net() -> nn.Module:
     return nn.Sequential(nn.Linear(64, 6), nn.ReLU(), nn.Dropout(0.5), nn.Linear(6, 10))
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from models import saturated
 from sklearn.datasets import make_moons
 from stored import contents, flip
 from test_upkeep import asked, data, make_task
@@ -30,14 +31,7 @@ def moons(path: Path) -> Run:
     the first ones with the other label, and the last queries those that follow them."""
     x, y = make_moons(2 * NUM, noise=0.1, random_state=0)
     inputs, labels = torch.tensor(x).float(), torch.tensor(y)
-    torch.manual_seed(0)
-    relu, linear = torch.nn.ReLU(), torch.nn.Linear
-    model = torch.nn.Sequential(linear(2, 32), relu, linear(32, 32), relu, linear(32, 2))
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    for _ in range(300):
-        optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(model(inputs[:NUM]), labels[:NUM]).backward()
-        optimizer.step()
+    model = saturated(inputs[:NUM], labels[:NUM])
     train, test = (
         (torch.cat([inputs[own], inputs[copied]]), torch.cat([labels[own], 1 - labels[copied]]))
         for own, copied in (

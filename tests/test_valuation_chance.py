@@ -7,8 +7,8 @@ import importlib
 import numpy as np
 import pytest
 import torch
+from models import saturated
 from sklearn.datasets import make_moons
-from torch.nn.functional import cross_entropy
 
 import tda
 from tda import valuation
@@ -108,14 +108,7 @@ def moons(request, tmp_path_factory) -> tda.Run:
     inputs, labels = torch.tensor(x).float(), torch.tensor(y)
     inputs[299], labels[299] = inputs[0], labels[0]
     inputs[300], labels[300] = inputs[1], labels[1]
-    torch.manual_seed(0)
-    relu, linear = torch.nn.ReLU(), torch.nn.Linear
-    model = torch.nn.Sequential(linear(2, 32), relu, linear(32, 32), relu, linear(32, 2))
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    for _ in range(300):
-        optimizer.zero_grad()
-        cross_entropy(model(inputs[:300]), labels[:300]).backward()
-        optimizer.step()
+    model = saturated(inputs[:300], labels[:300])
     assert (model(inputs).argmax(1) == labels).float().mean() > 0.99
     task = tda.Task(model, checkpoints=[model.state_dict()], measurement="cross_entropy")
     path = tmp_path_factory.mktemp("moons") / "run"

@@ -20,13 +20,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tda.data import Batch, Collate, Dataset, collate, read
+from tda.data import Batch, Collate, Dataset, collate, evenly, read
 from tda.errors import TaskError
 from tda.gradients import Gradients
 from tda.gradients.passes import to
@@ -86,7 +85,7 @@ class GaussNewton:
                 found=f"num_examples = {count}",
                 wanted=f"1 … {n}",
             )
-        picked = np.linspace(0, n - 1, count).round().astype(int).tolist()
+        picked = evenly(n, count).tolist()
         groups = [picked[i : i + batch_size] for i in range(0, count, batch_size)]
         batches = [
             (

@@ -25,6 +25,7 @@ from tda.explorer.held import Held
 from tda.explorer.library import AbsentError, Keep, Library, Shelf, require_train
 from tda.recipe import Recipe
 from tda.recipe.requirements import (
+    LAYERS_APART,
     checkpoint_weights,
     curvature_table,
     layer_slices,
@@ -323,8 +324,7 @@ class Explorer:
                 "the rows of this run do not keep layers apart",
                 where=self.path,
                 found=f"projection {self.store.manifest['projection']['kind']!r}",
-                do="index into a new folder with projection='kronecker' or 'eigenbasis', "
-                "which in a configuration is [projection] kind",
+                do=LAYERS_APART,
             )
         self.require(question)
         prepared, query = self._embedded(question)

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from tda.store import Store, Table
 
 Manifest = Mapping[str, Any]
+LAYERS_APART = (  # how to have rows that keep layers apart
+    "index into a new folder with projection='kronecker' or 'eigenbasis', which in a "
+    "configuration is [projection] kind"
+)
 
 
 def require_rows(manifest: Manifest, recipe: Recipe) -> None:
@@ -85,8 +89,7 @@ def layer_slices(manifest: Manifest, recipe: Recipe) -> dict[str, slice]:
             "this recipe needs rows that keep layers apart",
             where=f"recipe {recipe.name!r}",
             found=f"projection {manifest.get('projection', {}).get('kind')!r}",
-            do="index into a new folder with projection='kronecker' or 'eigenbasis', which in a "
-            "configuration is [projection] kind; or use "
+            do=f"{LAYERS_APART}; or use "
             "dataclasses.replace(recipe, blocks='whole', layer_weights=(), parameters='all')",
         )
     slices = {x["name"]: slice(x["offset"], x["offset"] + x["size"]) for x in layers}

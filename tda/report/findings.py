@@ -13,6 +13,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from tda import scorer, valuation
+from tda.data import evenly
 from tda.errors import MismatchError, TdaError
 from tda.evaluate.comparison import Row, compare
 from tda.evaluate.intervals import Estimate
@@ -154,7 +155,7 @@ def projection_share(run: Any, query_name: str) -> float | None:
     if run.store.manifest["projection"]["kind"] == _UNPROJECTED:
         return 1.0
     count = run.store.table("train").num_rows
-    some = np.unique(np.linspace(0, count - 1, PROJECTED).round().astype(np.int64))
+    some = evenly(count, PROJECTED)
     parts = projection_parts(run, query_name, RECIPES["grad_dot"], some)
     if parts is None:
         return None
@@ -167,7 +168,7 @@ def knn_queries(num_train: int, num_queries: int) -> np.ndarray:
     """Which queries KNN-Shapley values are for: KNN_QUERIES, spread evenly, or as many as
     KNN_DISTANCES allow."""
     count = min(num_queries, KNN_QUERIES, max(1, KNN_DISTANCES // num_train))
-    return np.unique(np.linspace(0, num_queries - 1, count).round().astype(np.int64))
+    return evenly(num_queries, count)
 
 
 def knn_values(run: Any, query_name: str, space: valuation.Space | None = None) -> np.ndarray:

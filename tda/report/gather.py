@@ -14,6 +14,7 @@ from typing import Any, cast
 import numpy as np
 
 from tda import valuation
+from tda.data import evenly
 from tda.errors import DataError, RecipeError, TdaError
 from tda.measurements import has_link
 from tda.recipe import Recipe
@@ -92,7 +93,7 @@ def collect(
     given = Groupings({}) if groups is None else read_groups(groups, train.ids, own)
     notes = [f"{note[0].upper()}{note[1:]}." for note in given.notes]
 
-    some = np.unique(np.linspace(0, train.num_rows - 1, RANKED).round().astype(np.int64))
+    some = evenly(train.num_rows, RANKED)
     others, skipped = _other_scores(run, query_name, chosen, compare, shown, some)
     notes += skipped
     prepared = run.prepare(query_name, chosen)

@@ -15,18 +15,17 @@ from functools import cached_property
 import numpy as np
 
 from tda.store.bounds import array_fault
-from tda.store.encoding import width
+from tda.store.encoding import DIGESTS, width
 
 COLUMNS = ("loss", "p", "slope", "curvature", "grad_norm")  # one number an example and checkpoint
-OWN = {"id", "digest", "input_digest", *COLUMNS}  # of the store; all others are what rides along
+OWN = {"id", *DIGESTS, *COLUMNS}  # of the store; all others are what rides along
 CHECKPOINT = "checkpoint"
 
 _FILL = {"uint16": 0x7FC0, "float32": np.nan, "int8": 0, "uint8": 0, "int64": 0}  # 0x7FC0: bf16 NaN
 _INT4_FILL = 0xFF  # a scale of 0xFFFF is a NaN
 _AXES = {
     "label": ("class",),
-    "digest": ("byte",),
-    "input_digest": ("byte",),
+    **dict.fromkeys(DIGESTS, ("byte",)),
     "image": ("height", "width", "channel"),
     "row": ("feature",),
 }

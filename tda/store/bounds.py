@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from tda.store.encoding import width
+from tda.store.encoding import DIGESTS, width
 
 if TYPE_CHECKING:
     from tda.store.arrays import ArraySpec
@@ -135,7 +135,7 @@ def table_fault(
             return f"{name} has {count} chunks, and its mark lists {len(sizes)} files"
         if any(sizes.get(spec.key(chunk)) != spec.num_bytes + 4 for chunk in range(count)):
             return f"the mark does not list the {count} chunks of {name}"
-    digests = [specs[name] for name in ("digest", "input_digest") if name in specs]
+    digests = [specs[name] for name in DIGESTS if name in specs]
     if any(spec.shape[1:] != (16,) or spec.dtype != "uint8" for spec in digests):
         return f"digests have the shape {[list(spec.shape) for spec in digests]}"
     return None

@@ -20,6 +20,7 @@ from tda.errors import DataError, StoreError
 
 Dtype = Literal["bfloat16", "float32", "int8", "int4"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
+DIGESTS = ("digest", "input_digest")  # of an example, and of its input alone: 16 bytes each
 BLOCK = 32  # numbers of an int4 row that have one scale
 
 # Below this a row's scale would be denormal and its rounding no longer relative; such a row is 0.
@@ -140,7 +141,7 @@ def encode_column(name: str, values: np.ndarray) -> tuple[np.ndarray, str]:
     """
     values = np.asarray(values)
     kind = values.dtype.kind
-    if name in ("digest", "input_digest", "image"):
+    if name in (*DIGESTS, "image"):
         shaped = _is_picture(values) if name == "image" else values.ndim == 2
         if values.dtype == np.uint8 and shaped:
             return values, ""

@@ -16,12 +16,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from tda.valuation.nearest import AROUND, ROUNDING, Neighbours, Space
+from tda.valuation.nearest import ROUNDING, Neighbours, Space
 from tda.valuation.significance import LEVEL, false_discovery_rates
 
 RESOLUTION = 2**-8  # bfloat16 moves a direction by as much at most; a float32 cosine tells no more
 CROWDED = 0.1  # of the examples at most are in groups of more than k copies
-SAMPLE = 1024  # examples, evenly spread, that D is measured on: to 2 %
 
 
 def expected(space: Space, near: Neighbours, cosine: np.ndarray, *sides: np.ndarray) -> np.ndarray:
@@ -62,9 +61,7 @@ def distance(cosine: np.ndarray) -> np.ndarray:
 
 def _scale(space: Space) -> tuple[float, float]:
     """D, and the least r_k that is a measure of density; D is 0 where no distance is resolved."""
-    rows = space.unit
-    some = np.unique(np.linspace(0, len(rows) - 1, SAMPLE).round().astype(np.int64))
-    others = space.nearest(rows[some], AROUND + 1).similarity[:, 1:]  # the nearest is itself
+    others = space.sample  # enough to know D to 2 %
     k = _even(others)
     if not k:
         return 0.0, RESOLUTION

@@ -30,6 +30,7 @@ from scipy.sparse.csgraph import connected_components
 from tda.errors import DataError
 from tda.run import Run
 from tda.scorer.ranking import limit_faiss_threads
+from tda.store.encoding import DIGESTS
 from tda.valuation.chance import expected, rare
 from tda.valuation.frames import frame
 from tda.valuation.last_rows import embeddings, gradients
@@ -209,14 +210,13 @@ def _same(
     pass than can be looked at.
     """
     one, two = space.unit if rows is None else rows, space.unit
-    content, inputs = (left.column("digest"), right.column("digest")), _inputs(left, right)
-    read = near_texts(left, right, within)
-    equal = _equal(*content, within), _equal(*inputs, within)
+    known, read = _digests(left, right), near_texts(left, right, within)
+    equal = (_equal(*both, within) for both in known)
     looked_at = _candidates(near, _checked(threshold), within), *equal, read
     a, b = _unique(*(np.concatenate(side) for side in zip(*looked_at, strict=True)))
     alike = _among(a, b, read)
-    exact = (content[0][a] == content[1][b]).all(1)
-    same = exact | (inputs[0][a] == inputs[1][b]).all(1)
+    agree = [(x[a] == y[b]).all(1) for x, y in known]
+    exact, same = agree[0], agree[-1]  # equal content has equal inputs
     cosine = np.empty(len(a))
     for some in _parts(len(a), two.shape[1]):
         cosine[some] = np.einsum("pd,pd->p", one[a[some]], two[b[some]])
@@ -234,11 +234,10 @@ def _same(
     return Pairs(a, b, similarity, gradient, exact[keep], same[keep], near.recall)
 
 
-def _inputs(left: Any, right: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Digests of both tables' inputs; of all content where those are not known."""
-    known = all("input_digest" in table.columns() for table in (left, right))
-    name = "input_digest" if known else "digest"
-    return left.column(name), right.column(name)
+def _digests(left: Any, right: Any) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Of both tables' content; and of their inputs, where both have these."""
+    known = {*left.columns()} & {*right.columns()}
+    return [(left.column(name), right.column(name)) for name in DIGESTS if name in known]
 
 
 def _candidates(near: Neighbours, threshold: float, within: bool) -> tuple[np.ndarray, np.ndarray]:

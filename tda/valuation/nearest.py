@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from tda.data import evenly
 from tda.errors import DataError
 from tda.scorer.ranking import limit_faiss_threads
 
@@ -22,6 +23,7 @@ EXACT = 5 * 10**8  # products of a query with an example: 22,000 examples among 
 SCANNED = 10**9
 PROBES, MOST_PROBES = 4, 64
 AROUND = 16  # neighbours that a space keeps of its examples: copies form chains, votes take 15
+SAMPLE = 1024  # examples that a property of the whole is measured on
 ROUNDING = 1e-6  # of a cosine in float32
 _MEASURED = 256  # queries that recall is measured on
 _BLOCK = 2**16  # queries searched at a time
@@ -80,6 +82,12 @@ class Space:
         return self.others(AROUND)
 
     @cached_property
+    def sample(self) -> np.ndarray:
+        """Cosines ``[example, k]`` of SAMPLE examples, evenly spread, and their AROUND nearest."""
+        some = evenly(len(self.unit), SAMPLE)
+        return self.nearest(self.unit[some], AROUND + 1).similarity[:, 1:]  # the nearest is itself
+
+    @cached_property
     def _flat(self) -> Any:
         import faiss
 
@@ -112,7 +120,7 @@ class Space:
         return index.quantizer.search(queries, probes)
 
     def _recall(self, queries: np.ndarray, similarity: np.ndarray) -> float:
-        some = np.unique(np.linspace(0, len(queries) - 1, _MEASURED).round().astype(np.int64))
+        some = evenly(len(queries), _MEASURED)
         k, exact = similarity.shape[1], np.empty(len(some), np.float32)
         for start in range(0, len(some), 16):
             part = torch.from_numpy(queries[some[start : start + 16]] @ self.unit.T)

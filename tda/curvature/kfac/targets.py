@@ -13,12 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from tda.curvature.sampling import draw
-from tda.data import Batch, Dataset, collate, read
+from tda.data import Batch, Dataset, collate, evenly, read
 from tda.gradients import Gradients
 from tda.gradients.exact import example_of
 from tda.measurements import (
@@ -74,7 +73,7 @@ class Rows:
         task: Task, gradients: Gradients, data: Dataset, count: int, seed: int, batch_size: int
     ) -> Rows:
         """Of ``count`` examples spread evenly; ``gradients`` has the weights of the model."""
-        picked = np.linspace(0, len(data) - 1, count).round().astype(int).tolist()
+        picked = evenly(len(data), count).tolist()
         rows = Rows(task, gradients, data, seed, picked)
         if _by_link(task.measurement) or task.measurement.output is not log_odds:
             return rows
