@@ -200,6 +200,17 @@ def test_an_empirical_fisher_has_no_unit_a_schedule_could_tell(recipe, tmp_path)
     assert damping_used(store, recipe) == pytest.approx([wanted], rel=1e-6)
 
 
+@pytest.mark.parametrize("name", ["mean_squared_error", "causal_lm", "my_loss"])
+def test_the_link_of_a_loss_alone_is_an_empirical_fisher(name, tmp_path):
+    """ℓ''(f) is not known, the column has ℓ'(f)², and its scale falls with the loss, too."""
+    measurement = {"name": name, "digest": "0", "has_margin": False}
+    store = scheduled(tmp_path, SGD).with_manifest(measurement=measurement)
+    for share in (0.0, 0.5):
+        recipe, trace = variant("influence", shrinkage=share), by_trace(store)
+        wanted = ((1 - share) + share * 0.1 * store.train.num_rows / store.train.dim) * trace
+        assert damping_used(store, recipe) == pytest.approx([wanted], rel=1e-6)
+
+
 def test_a_number_is_taken_as_it_is(tmp_path):
     store = scheduled(tmp_path, SGD)
     wanted = 0.1 * by_trace(store) * store.train.num_rows / store.train.dim

@@ -18,6 +18,7 @@ from torch import Tensor
 from tda.cache import Arrays, Cache, fingerprint
 from tda.curvature import Diagonal, Gram, Moment, Part, Picked, second_moments, squared_norms
 from tda.curvature.updating import About, updated
+from tda.measurements import has_link
 from tda.preconditioner import (
     Block,
     Operator,
@@ -279,6 +280,8 @@ class Operators:
         checkpoints, metric = self.manifest["checkpoints"], self.manifest.get("metric", "euclidean")
         if not self.recipe.implies_damping:
             return None
+        if self.recipe.curvature_rows == "link" and not has_link(self.manifest["measurement"]):
+            return None  # an empirical Fisher, whose scale falls with the loss
         adam = checkpoints[checkpoint].get("optimizer") == "adam"
         if metric != ("adam" if adam else "euclidean"):
             return None
