@@ -36,6 +36,7 @@ from tda.task import Task
 
 DIM, SMALL_DIM = 4_096, 1_024  # 8 KB and 2 KB an example; a Gram's eigenvectors take dim³
 LARGE_DIM = 16_384  # 32 KB, of which `influence_shrunk` decomposes its core alone
+WIDE_DIM = 14_336  # 8 KB in int4
 EACH_DIMS = {"count_sketch": 2_048, "eigenbasis": 1_024}  # of each of several checkpoints
 ON_ONE_MODEL = ("grad_dot", "grad_cos", "influence", "trak", "influence_gn", "auto")
 IN_EIGENBASIS = ("influence_ekfac", "influence_gn", "influence_shrunk")
@@ -54,16 +55,18 @@ ON_PATH = (
 )
 NUM_MODELS, PATH_LENGTH = (5, 10), 6
 FOUND = "found"
-SMOOTHED: tuple[tuple[str, str | None, int, int, str], ...] = (
-    ("influence_ekfac", None, 0, 6, "0.2"),  # method, projection, dim, copies, noise
-    ("influence_ekfac", None, 0, 6, FOUND),
-    ("influence_shrunk", "eigenbasis", 1_024, 6, "0.2"),  # 12 KB
-    ("influence_shrunk", "eigenbasis", 1_024, 6, FOUND),
-    ("influence_shrunk", "eigenbasis", 4_096, 4, "0.2"),  # 32 KB
-    ("influence_shrunk", "eigenbasis", 4_096, 4, FOUND),
-    ("influence_ekfac", None, 0, 24, FOUND),
+SMOOTHED: tuple[
+    tuple[str, str | None, int, Dtype, int, str], ...
+] = (  # method, projection, dim, type of a stored number, copies, noise
+    ("influence_ekfac", None, 0, "bfloat16", 6, "0.2"),
+    ("influence_ekfac", None, 0, "bfloat16", 6, FOUND),
+    ("influence_shrunk", "eigenbasis", 1_024, "bfloat16", 6, "0.2"),  # 12 KB
+    ("influence_shrunk", "eigenbasis", 1_024, "bfloat16", 6, FOUND),
+    ("influence_shrunk", "eigenbasis", WIDE_DIM, "int4", 4, "0.2"),  # 32 KB
+    ("influence_shrunk", "eigenbasis", WIDE_DIM, "int4", 4, FOUND),
+    ("influence_ekfac", None, 0, "bfloat16", 24, FOUND),
 )
-INT4_DIMS = (1_024, 3_584, 14_336, 57_344)  # the last two: 8 and 32 KB
+INT4_DIMS = (1_024, 3_584, WIDE_DIM, 57_344)  # the last two: 8 and 32 KB
 FEW_DIMS, MANY_DIMS = (256, 512, 1_024, 2_048), (256, 1_024, 4_096, 8_192, 16_384)
 CURVES: tuple[
     tuple[str, str, Dtype, tuple[int, ...]], ...
@@ -163,10 +166,11 @@ def of_one_model(wide: bool) -> Iterator[Cell]:
 
 def of_smoothed() -> Iterator[Cell]:
     """One model, and copies of it with noise on the weights."""
-    for method, kind, dim, copies, noise in SMOOTHED:
+    for method, kind, dim, dtype, copies, noise in SMOOTHED:
         yield Cell(
-            kind="recipe", method=method, copies=copies, noise=noise, projection=kind, dim=dim
-        )
+            kind="recipe", method=method, copies=copies, noise=noise, projection=kind, dim=dim,
+            dtype=dtype,
+        )  # fmt: skip
 
 
 def of_several(num_models: int) -> Iterator[Cell]:
@@ -175,7 +179,7 @@ def of_several(num_models: int) -> Iterator[Cell]:
     for number in counts:
         many = partial(Cell, kind="recipe", checkpoints="models", number=number)
         yield many(method="influence_ekfac")
-        wide = many(method="influence_shrunk", projection="eigenbasis", dim=DIM)
+        wide = many(method="influence_shrunk", projection="eigenbasis", dim=WIDE_DIM, dtype="int4")
         yield wide
         yield replace(wide, copies=2, noise=FOUND)
         rows = many(method="influence_gn", query="margin", projection="count_sketch")
