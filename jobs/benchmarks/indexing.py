@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -111,7 +112,7 @@ def indexing(repeats: int) -> Rows:
     return rows
 
 
-def figures(timed: list[tuple[Seconds, ...]], num_examples: int) -> tuple[str, ...]:
+def figures(timed: Sequence[tuple[Seconds, ...]], num_examples: int) -> tuple[str, ...]:
     """Of repeats (whole, plain, floor, quarter): a row's columns."""
     whole, plain, floor, quarter = (list(each) for each in zip(*timed, strict=True))
     ratios = sorted(a.wall / b.wall for a, b in zip(whole, plain, strict=True))
