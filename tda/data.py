@@ -21,7 +21,7 @@ from torch.utils.data import TensorDataset, default_collate
 from tda.errors import DataError
 
 RIDE_ALONG = ("id", "source", "group", "text", "image", "row")
-_TARGETS = ("target", "labels", "label")
+TARGETS = ("target", "labels", "label")
 NUMBERED = (
     "classes, labels = np.unique(names, return_inverse=True); the names may ride along as `group`, "
     "`source` or `text` of a dict"
@@ -201,7 +201,7 @@ def split(example: Any, num_examples: int = 1) -> tuple[Any, dict[str, Any]]:
 def target_of(content: Any) -> Any:
     """Where the target is in what the model sees: a key of a dict, a place in a tuple, or None."""
     if isinstance(content, Mapping):
-        return next((name for name in _TARGETS if name in content), None)
+        return next((name for name in TARGETS if name in content), None)
     return len(content) - 1 if len(content) > 1 else None
 
 
