@@ -20,6 +20,7 @@ import torch
 
 from tda.data import NUMBERED, RIDE_ALONG, Dataset, read, split, split_all, target_of
 from tda.errors import DataError
+from tda.identity import bytes_of
 
 MAX_TEXT = 2000
 _DIGEST_BYTES = 16
@@ -145,9 +146,8 @@ def _digest_parts(content: Any, names: Sequence[Any], state: Any) -> None:
 
 def _digest(content: Any, state: Any) -> None:
     if isinstance(content, torch.Tensor):
-        array = content.detach().cpu().contiguous()
-        state.update(f"{array.dtype}{tuple(array.shape)}".encode())
-        state.update(array.reshape(-1).view(torch.uint8).numpy().data)
+        state.update(f"{content.dtype}{tuple(content.shape)}".encode())
+        state.update(bytes_of(content))
     elif isinstance(content, Mapping | tuple | list):
         _digest_parts(content, _names(content), state)
     elif isinstance(content, str | bytes | np.generic):
@@ -199,11 +199,11 @@ def _laid_out(content: Any, names: Sequence[Any], some: slice) -> np.ndarray:
     count = some.stop - some.start
     parts = [np.empty((count, 0), np.uint8)]
     for name in names:
-        array = content[name][some].detach().cpu().contiguous()
+        array = content[name][some]
         key = f"{name}=" if isinstance(content, Mapping) else ""
         head = f"{key}{array.dtype}{tuple(array.shape[1:])}".encode()
         parts.append(np.broadcast_to(np.frombuffer(head, np.uint8), (count, len(head))))
-        parts.append(array.reshape(-1).view(torch.uint8).numpy().reshape(count, -1))
+        parts.append(bytes_of(array).reshape(count, -1))
     return np.concatenate(parts, axis=1)
 
 

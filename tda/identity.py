@@ -87,9 +87,7 @@ def _contents(value: Any, within: tuple[int, ...]) -> str:
     if isinstance(value, _BY_REPR):
         return repr(value)
     if isinstance(value, Tensor):
-        array = value.detach().cpu().contiguous()
-        data = array.reshape(-1).view(torch.uint8).numpy().data
-        return f"{array.dtype}{tuple(array.shape)}{digest(data)}"
+        return f"{value.dtype}{tuple(value.shape)}{digest(bytes_of(value))}"
     if isinstance(value, Mapping | set | frozenset):
         items = value.items() if isinstance(value, Mapping) else value
         return "".join(sorted(_described(item, within) for item in items))
@@ -129,6 +127,11 @@ def _compiles(module: str | None) -> bool:
 def _name(thing: Any) -> str:
     module = getattr(thing, "__module__", None)
     return f"{module}.{getattr(thing, '__qualname__', thing.__name__)}"
+
+
+def bytes_of(tensor: Tensor) -> np.ndarray:
+    """Its numbers, as they lie in the memory of one that is in order: uint8 ``[byte]``."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def digest(data: Any) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tda.errors import TaskError
+from tda.identity import bytes_of
 
 Weights = Mapping[str, Tensor]
 _WRAPPERS = ("_orig_mod", "module")  # torch.compile; data-parallel training
@@ -81,9 +82,9 @@ def digest_of(weights: Weights) -> str:
     """Hex digest of the names, types, shapes and bytes of a state dict."""
     state = hashlib.blake2b(digest_size=16)
     for name in sorted(weights):
-        tensor = weights[name].detach().cpu().contiguous()
+        tensor = weights[name]
         state.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        state.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        state.update(bytes_of(tensor).data)
     return state.hexdigest()
 
 
