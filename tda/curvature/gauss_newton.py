@@ -120,9 +120,9 @@ class GaussNewton:
                         total[name][start:stop] += value.reshape(total[name][start:stop].shape)
         return {name: value / self.num_examples for name, value in total.items()}
 
-    def mean_diagonal(self, num_probes: int = 16, seed: int = 0) -> float:
+    def mean_diagonal(self, num_probes: int = 16) -> float:
         """tr(G)/P, estimated without bias by vᵀGv over random signs v (Hutchinson 1990)."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(0)
         probes = {
             name: (2 * torch.randint(2, (num_probes, *p.shape), generator=generator) - 1).to(p)
             for name, p in self.parameters.items()

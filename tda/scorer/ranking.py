@@ -68,21 +68,19 @@ def ranked(
 
 
 class Heaps:
-    """The k smallest (or ``largest``) values of each of m rows that come in tiles of columns.
+    """The k smallest values of each of m rows that come in tiles of columns.
 
-    ``values[:, 0]`` is the kth so far. Tiles come in ascending columns. Of the smallest FAISS
+    ``values[:, 0]`` is the kth so far. Tiles come in ascending columns. FAISS
     orders equal ones by column, and an equal late-comer never replaces what is held: so of equal
     values the smallest columns stay, in ascending order.
     """
 
-    def __init__(self, num_rows: int, k: int, largest: bool = False) -> None:
+    def __init__(self, num_rows: int, k: int) -> None:
         import faiss
 
         self.values = np.empty((num_rows, k), np.float32)
         self.columns = np.empty((num_rows, k), np.int64)
-        self._heap: Any = (
-            faiss.float_minheap_array_t if largest else faiss.float_maxheap_array_t
-        )()
+        self._heap: Any = faiss.float_maxheap_array_t()
         self._heap.nh, self._heap.k = num_rows, k
         self._heap.val, self._heap.ids = faiss.swig_ptr(self.values), faiss.swig_ptr(self.columns)
         self._heap.heapify()
@@ -96,7 +94,7 @@ class Heaps:
         self._heap.addn(tile.shape[1], values, first_column, first_row, len(tile))
 
     def finish(self) -> Found:
-        """(columns, values) [m, k], smallest (largest) first; call once."""
+        """(columns, values) [m, k], smallest first; call once."""
         self._heap.reorder()
         return self.columns, self.values
 

@@ -15,7 +15,7 @@ import numpy as np
 from tda.errors import DataError, MismatchError, StoreError
 from tda.examples import Examples
 from tda.store.arrays import OWN, ArraySpec, group_document, layout
-from tda.store.encoding import check_dtype, encode_column
+from tda.store.encoding import encode_column
 from tda.store.files import Place, Remote, list_files, remove_file
 from tda.store.manifest import CURVATURE, QUERIES, TRAIN, dtype_of_rows, read_manifest
 from tda.store.marks import (
@@ -46,8 +46,7 @@ def plan_table(
     name: str,
     examples: Examples,
     hidden: int | None,
-    dtype: str | None,
-    changed: bool = False,
+    changed: bool,
 ) -> Table:
     """The table ``name`` of these examples, created, appended to, repaired or as it was.
 
@@ -56,11 +55,6 @@ def plan_table(
     """
     if len(examples) == 0:
         raise DataError(f"the data set of {name!r} is empty", wanted="at least one example")
-    rows_as = dtype_of_rows(manifest, name)
-    if dtype is not None and check_dtype(dtype) != rows_as:
-        raise MismatchError(
-            f"rows of {name!r} are stored as {rows_as}", where=run, found=dtype, wanted=rows_as
-        )
     static = _encode(examples)
     stored = _stored(run, name)
     chunk_rows = manifest["chunk_rows"]
@@ -79,7 +73,7 @@ def plan_table(
         len(manifest["checkpoints"]),
         chunk_rows,
         manifest["projection"]["dim"],
-        rows_as,
+        dtype_of_rows(manifest, name),
         hidden,
     )
     if not changed and stored is not None and stored.specs == specs and _has_files(stored):

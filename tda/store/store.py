@@ -86,7 +86,6 @@ class Store:
         table: str,
         examples: Examples,
         hidden: int | None = None,
-        dtype: str | None = None,
         *,
         changed: bool = False,
     ) -> Table:
@@ -101,7 +100,7 @@ class Store:
         """
         name = check_table_name(table)
         self.manifest = read_manifest(self.path)  # others may have deleted, added or grown since
-        planned = plan_table(self.path, self.manifest, name, examples, hidden, dtype, changed)
+        planned = plan_table(self.path, self.manifest, name, examples, hidden, changed)
         record = {"num_rows": len(examples), "digest": examples.digest()}
         data = self.manifest["data"]
         if name == TRAIN and KEY in data.get(TRAIN, {}):
