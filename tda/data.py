@@ -267,6 +267,11 @@ def evenly(size: int, count: int) -> np.ndarray:
     return np.linspace(0, size - 1, min(count, size)).round().astype(np.int64)
 
 
+def to(batch: Any, device: str | torch.device) -> Any:
+    """A batch with its tensors on a device."""
+    return tree_map(lambda v: v.to(device) if isinstance(v, torch.Tensor) else v, batch)
+
+
 Collate = Callable[[list[Any]], Any]
 
 

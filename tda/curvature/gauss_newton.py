@@ -25,10 +25,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tda.data import Batch, Collate, Dataset, collate, evenly, read
+from tda.data import Batch, Collate, Dataset, collate, evenly, read, to
 from tda.errors import TaskError
 from tda.gradients import Gradients
-from tda.gradients.passes import to
 from tda.layout import require_whole
 from tda.measurements import Measurement, predict
 

@@ -16,11 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from tda.cluster import run as run_pieces
 from tda.cluster import working
-from tda.data import Batch, as_dataset, batches
+from tda.data import Batch, as_dataset, batches, to
 from tda.errors import ConfigError, DataError, TaskError
 from tda.evaluate.design import Design
 from tda.evaluate.record import FOLDER, GroundTruth, Record
@@ -148,10 +147,9 @@ class Measure:
         return self._output(model, batch) if has_margin else -self.loss(model, batch).float()
 
     def _output(self, model: nn.Module, batch: Batch) -> Tensor:
-        moved = pytree.tree_map(lambda v: v.to(self.device) if isinstance(v, Tensor) else v, batch)
         kind = torch.device(self.device).type
         with torch.autocast(kind, dtype=self.autocast, enabled=self.autocast is not None):
-            return self.measurement.output(model, moved).float().cpu()
+            return self.measurement.output(model, to(batch, self.device)).float().cpu()
 
 
 @dataclass(frozen=True)

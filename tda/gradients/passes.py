@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
+from tda.data import to
 from tda.errors import TaskError
 from tda.gradients import exact
 from tda.gradients.tap import Consume, factors_of
@@ -120,8 +120,3 @@ class Passes:
                 do='use reduction="none" and sum or average over everything but the examples',
             )
         return output
-
-
-def to(batch: Any, device: torch.device) -> Any:
-    """A batch with its tensors on a device."""
-    return tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, batch)

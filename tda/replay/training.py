@@ -12,9 +12,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from tda.data import Batch, as_dataset, batches
+from tda.data import Batch, as_dataset, batches, to
 from tda.errors import ConfigError, DataError, TaskError
 from tda.measurements import Measurement, as_measurement
 from tda.progress import progress_bar
@@ -292,10 +291,8 @@ class Training:
 
     def _fitting(self) -> int:
         """How many queries are followed at once: adjoints, and what two backward passes keep."""
-        network, longest = (
-            self._network,
-            max(range(self.num_steps), key=lambda s: len(self._rows[s])),
-        )
+        network = self._network
+        longest = max(range(self.num_steps), key=lambda step: len(self._rows[step]))
         activations = network.saved_elements(*self._batch(longest, network))
         each = 3 * (self._rule.num_moments + 2) * len(network.initial) + 3 * activations
         return max(1, _BUDGET // (each * network.initial.element_size()))
@@ -357,9 +354,7 @@ def _rises(
     """∂M/∂θ ``[parameter]`` of each query."""
     trained = [p for p in model.parameters() if p.requires_grad]
     for _, batch in read:
-        moved = pytree.tree_map(
-            lambda v: v.to(trained[0].device) if isinstance(v, Tensor) else v, batch
-        )
+        moved = to(batch, trained[0].device)
         output = measured.output(model, moved)
         has_margin = measured.has_margin and gradient == "margin"
         value = output if has_margin else -measured.link(output, moved).loss

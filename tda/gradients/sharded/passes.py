@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tda.data import to
 from tda.gradients import exact
 from tda.gradients.factors import Factor
-from tda.gradients.passes import Function, Passes, Reduction, to
+from tda.gradients.passes import Function, Passes, Reduction
 from tda.gradients.sharded.weights import Weights, fitted
 from tda.gradients.tap import Consume
 from tda.measurements import Measurement
