@@ -16,7 +16,6 @@ from tda.batch_size import BatchSize, automatic
 from tda.curvature import kfac
 from tda.data import Batch, Dataset, collate, evenly, read
 from tda.gradients import Audit, Consume, Convolved, Dense, Factor, Gradients, shapes_of
-from tda.measurements import Link
 from tda.progress import progress_bar
 from tda.projection import Bases, Counts, Pilot, Projection, Projector, Shapes, rank_one
 from tda.projection.tiles import square_norm
@@ -302,7 +301,7 @@ class Featurizer:
             consume, result = project(num_examples, self.gradients.device, transform)
             output, hidden = self.gradients(batch, num_examples, consume)
             rows, square = result()
-        link = self._link(output, batch)
+        link = self.gradients.link(output, batch)
         columns = {
             "loss": link.loss,
             "p": link.p,
@@ -319,14 +318,11 @@ class Featurizer:
             torch.empty(num_examples, 0) if hidden is None else hidden.cpu(),
         )
 
-    def _link(self, output: Tensor, batch: Any) -> Link:
-        with torch.no_grad():
-            return self.task.measurement.link(output.float().cpu(), batch)
-
     def _update(self, batch: Any) -> Update:
         """Γ is not linear in the gradient of the loss: ℓ'(f) must be known before the backward."""
-        slope = self._link(self.gradients.output(batch), batch).slope
-        return Update(self._moments, slope.float().to(self.gradients.device))
+        gradients = self.gradients
+        slope = gradients.link(gradients.output(batch), batch).slope
+        return Update(self._moments, slope.float().to(gradients.device))
 
 
 def _many_channels(factors: list[Factor]) -> int:

@@ -9,7 +9,6 @@ import io
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from PIL import Image, UnidentifiedImageError
 
 from tda.data import Dataset, as_dataset, collate
@@ -128,9 +127,8 @@ def _likeliest(explorer: Explorer, kind: Kind, value: Any) -> int:
     batch = collate(tried, task.collate)
     featurizer = Featurizer(task)
     featurizer.at(len(task.checkpoints) - 1)
-    with torch.no_grad():
-        output = featurizer.gradients.output(batch)
-        loss = task.measurement.link(output.float().cpu(), batch).loss
+    gradients = featurizer.gradients
+    loss = gradients.link(gradients.output(batch), batch).loss
     return int(known[int(loss.argmin())])
 
 

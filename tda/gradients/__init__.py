@@ -40,7 +40,7 @@ from tda.gradients.sharded.session import session_of
 from tda.gradients.tap import Consume, ModifiedError, SwitchedOffError
 from tda.layout import copied, is_sharded, is_spread
 from tda.malloc import give_back, keep_freed
-from tda.measurements import Measurement
+from tda.measurements import Link, Measurement
 
 __all__ = [
     "Audit",
@@ -215,6 +215,11 @@ class Gradients:
     def output(self, batch: Any) -> Tensor:
         """f ``[example]`` alone, by a forward pass without gradients."""
         return self._passes.apply(None, batch)
+
+    def link(self, output: Tensor, batch: Any) -> Link:
+        """The loss as a function of outputs f ``[example]``: float32, on the CPU."""
+        with torch.no_grad():
+            return self.measurement.link(output.float().cpu(), batch)
 
     def forward(self, batch: Any) -> Tensor:
         """f ``[example]``, with all that a backward pass to the weights would need."""

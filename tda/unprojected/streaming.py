@@ -28,7 +28,6 @@ from tda.errors import GradientError, RecipeError, TaskError
 from tda.gradients import Factor, Gradients, Lookup, shapes_of
 from tda.gradients.factors import materialise
 from tda.layout import is_sharded
-from tda.measurements import Link
 from tda.progress import Tick, progress_bar
 from tda.projection.outer import rank_one
 from tda.projection.tiles import tiles
@@ -186,7 +185,7 @@ class _Method:
                 grad = materialise(factors)
                 out[name][first : first + len(grad)] = grad
 
-            link = self.link(gradients(batch, size, consume)[0], batch)
+            link = gradients.link(gradients(batch, size, consume)[0], batch)
             weights = self.weights(link.slope, self.recipe.query).to(gradients.device)
             for values in out.values():
                 values[first : first + size] *= weights[:, None, None].float()
@@ -215,7 +214,7 @@ class _Method:
                     own = function.squares(name, factors, self.recipe.norm == "step")
                     square.add_(own, alpha=self.alphas.get(name, 1.0))
 
-            link = self.link(gradients(batch, size, consume)[0], batch)
+            link = gradients.link(gradients(batch, size, consume)[0], batch)
             _check(link.loss, part.sum(0), first)
             span = slice(first, first + size)
             kernel[:, span], slope[span] = part.cpu(), link.slope
@@ -230,10 +229,6 @@ class _Method:
             size = min(self.batch_size, count - first)
             self.task.measurement.check(batch, range(first, first + size))
             yield first, size, batch
-
-    def link(self, output: Tensor, batch: Any) -> Link:
-        with torch.no_grad():
-            return self.task.measurement.link(output.float().cpu(), batch)
 
 
 def contract(q: Tensor, factor: Factor) -> Tensor:
