@@ -34,11 +34,11 @@ class Rows(Protocol):
 
 
 def row_ranges(
-    table: Rows, start: int = 0, stop: int | None = None, size: int = TILE_BYTES
+    table: Rows, start: int = 0, stop: int | None = None, size: int | None = None
 ) -> Iterator[tuple[int, int]]:
     """Cuts [start, stop) into ranges that end at chunk borders, of about ``size`` bytes each."""
     stop = table.num_rows if stop is None else stop
-    chunks = max(1, size // (4 * table.dim * table.chunk_rows))
+    chunks = max(1, (size or TILE_BYTES) // (4 * table.dim * table.chunk_rows))
     step = chunks * table.chunk_rows
     while start < stop:
         border = min(stop, (start // step + 1) * step)
@@ -221,14 +221,12 @@ class Sums:
                     kept[b].append(rows[:, block].double() * weights.sqrt()[:, None])
                     continue
                 exact = self.count * widths[b] ** 2 < EXACT_FLOPS
-                sums[b] = sums[b].add(rows[:, block].to(_DTYPES[exact]), weights)
+                dtype = torch.float64 if exact else torch.float32
+                sums[b] = sums[b].add(rows[:, block].to(dtype), weights)
             tick(stop - start)
         return [
             WeightedRows(torch.cat(kept[b])) if b in kept else sums[b] for b in range(len(widths))
         ]
-
-
-_DTYPES = {True: torch.float64, False: torch.float32}
 
 
 @dataclass(frozen=True)
