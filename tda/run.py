@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tda import scorer
+from tda.baselines import embedding_top_k
 from tda.bases import read_bases
 from tda.batch_size import BatchSize
 from tda.curvature.table import curvature_filler, plan_curvature
@@ -24,6 +26,8 @@ from tda.progress import progress_bar
 from tda.projection import Projection
 from tda.recipe import Recipe
 from tda.recipes.auto import recipe_for
+from tda.scorer import Prepared, TopK
+from tda.scorer.layer_weights import learn_layer_weights
 from tda.store import Store, Table
 from tda.store.files import Place
 from tda.store.lock import sole_writer
@@ -32,8 +36,6 @@ from tda.task import Task, require_task
 if TYPE_CHECKING:
     import dask.array as da
 
-    from tda.scorer import Prepared
-    from tda.scorer.ranking import TopK
     from tda.store import Fault
 
 
@@ -166,8 +168,6 @@ class Run:
 
         A Dask array: computed block by block when asked (``.compute()``, ``.to_zarr(path)``).
         """
-        from tda import scorer
-
         return scorer.scores(self.prepare(queries, recipe))
 
     def top_k(
@@ -183,8 +183,7 @@ class Run:
         Exact by default. ``approximate``: FAISS proposes candidates, whose scores are then exact;
         the measured recall comes with the answer.
         """
-        from tda import scorer
-        from tda.scorer import candidates
+        from tda.scorer import candidates  # FAISS takes a moment
 
         prepared = self.prepare(queries, recipe)
         if approximate:
@@ -196,8 +195,6 @@ class Run:
 
         Large where the model had to learn the example by heart: outliers and wrong labels.
         """
-        from tda import scorer
-
         return scorer.self_influence(self.store, self.recipe(recipe))
 
     def baseline_top_k(self, queries: Any, k: int = 10, only: Sequence[int] | None = None) -> TopK:
@@ -205,15 +202,11 @@ class Run:
 
         only: some of the queries, by index. Raises StoreError where the run holds no embeddings.
         """
-        from tda.baselines import embedding_top_k
-
         name = self._name(queries)
         return embedding_top_k(self.store, self.store.table(f"queries/{name}"), k, only)
 
     def prepare(self, queries: Any, recipe: str | Recipe = "influence") -> Prepared:
         """The queries with the whole method folded in: what `tda.scorer` works on."""
-        from tda import scorer
-
         if isinstance(queries, scorer.Prepared):
             return queries
         chosen, name = self.recipe(recipe), self._name(queries)
@@ -224,8 +217,6 @@ class Run:
 
         Needs rows that keep layers apart; see `tda.scorer.layer_weights`.
         """
-        from tda.scorer.layer_weights import learn_layer_weights
-
         chosen, name = self.recipe(recipe), self._name(queries)
         return learn_layer_weights(self.store, chosen, self.store.table(f"queries/{name}"))
 

@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
 import tda
-from tda import scorer
 from tda.cli import app
 from tda.errors import RecipeError
 from tda.recipe import Recipe
@@ -103,8 +102,8 @@ def test_queries_come_in_tiles_that_change_nothing(tmp_path, monkeypatch):
     prepared = prepare(store, recipe, store.queries)
     best = top_k(prepared, 6).proponents.indices
     whole = layer_weights._spread(prepared, list(LAYERS.values()), best)
-    monkeypatch.setattr(scorer, "TILE_SCORES", 1000)
-    monkeypatch.setattr(scorer, "DECODED_BYTES", 4000)
+    monkeypatch.setattr("tda.scorer.blocks.TILE_SCORES", 1000)
+    monkeypatch.setattr("tda.scorer.blocks.DECODED_BYTES", 4000)
     with Largest() as largest:
         tiles = layer_weights._spread(prepared, list(LAYERS.values()), best)
     assert largest.numel <= 1000

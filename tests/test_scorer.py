@@ -14,7 +14,6 @@ import pytest
 import zarr
 from memory_store import MemoryStore, MemoryTable, make_store
 
-from tda import scorer
 from tda.errors import RecipeError, StoreError
 from tda.recipes import RECIPES
 from tda.scorer import chunk_shape, prepare, scores, self_influence, top_k
@@ -190,7 +189,8 @@ def test_scores_do_not_depend_on_the_chunks(case, tmp_path, monkeypatch):
     store = make_store(tmp_path)
     expected = matrix(store, recipe)
     monkeypatch.setattr("tda.curvature.moments.TILE_BYTES", 1)
-    monkeypatch.setattr(scorer, "QUERY_TILE", 4)
+    monkeypatch.setattr("tda.scorer.blocks.DECODED_BYTES", 1)
+    monkeypatch.setattr("tda.scorer.blocks.QUERY_TILE", 4)
     for chunk_rows in (1, 9, 1000):
         close(matrix(store.with_train(chunk_rows=chunk_rows), recipe), expected)
 
@@ -227,7 +227,8 @@ def test_self_influence_of_trak_multiplies_its_two_means(tmp_path):
 @pytest.mark.parametrize("chunk_rows", [3, 100])
 def test_top_k_is_a_stable_sort_of_the_scores(k, chunk_rows, tmp_path, monkeypatch):
     monkeypatch.setattr("tda.curvature.moments.TILE_BYTES", 1)
-    monkeypatch.setattr(scorer, "QUERY_TILE", 4)
+    monkeypatch.setattr("tda.scorer.blocks.DECODED_BYTES", 1)
+    monkeypatch.setattr("tda.scorer.blocks.QUERY_TILE", 4)
     store = make_store(tmp_path, num_checkpoints=2, num_train=40)
     whole = np.random.default_rng(0).integers(-1, 2, store.train.values.shape)  # many exact ties
     ones = np.ones_like(store.train.columns["slope"])
@@ -283,7 +284,8 @@ def test_blocks_stay_bounded_however_large_the_matrix():
 
 
 def test_slicing_the_array_computes_only_what_is_looked_at(tmp_path, monkeypatch):
-    monkeypatch.setattr(scorer, "BLOCK_BYTES", (6 * 7 * 4, 6 * 7 * 4))  # blocks of one chunk
+    one_chunk = 6 * 7 * 4
+    monkeypatch.setattr("tda.scorer.blocks.BLOCK_BYTES", (one_chunk, one_chunk))
     store = make_store(tmp_path, num_checkpoints=1, num_train=40, chunk_rows=7)
     lazy = scores(prepare(store, RECIPES["grad_dot"], store.queries))
     assert lazy.chunks == ((6,), (7, 7, 7, 7, 7, 5))

@@ -96,7 +96,7 @@ def test_ranges_of_rows_have_a_shortlist_each(dtype, tmp_path, monkeypatch):
     spans = [(0, enough), (enough, count - 2), (count - 2, count)]
     assert enough < count - 2
     ends = shortlist.ends
-    monkeypatch.setattr("tda.scorer.shares", lambda *about, each: spans)
+    monkeypatch.setattr("tda.scorer.top.shares", lambda *about, each: spans)
     monkeypatch.setattr(shortlist, "ends", lambda *given: used.append(given[2]) or ends(*given))
     assert_is_the_sort(top_k(prepared, K), exact(prepared))
     assert used[:1] == spans[:1] and spans[2] not in used

@@ -19,9 +19,11 @@ import torch
 
 from tda.cache import Cache
 from tda.errors import StoreError
-from tda.scorer import Prepared, stream, top_k
+from tda.scorer.blocks import stream
 from tda.scorer.pairs import greatest, pair_scores
+from tda.scorer.prepared import Prepared
 from tda.scorer.ranking import TopK, clipped, limit_faiss_threads, ranked
+from tda.scorer.top import top_k
 
 if TYPE_CHECKING:
     from tda.store import Store

@@ -25,7 +25,9 @@ from torch import Tensor
 from tda.errors import RecipeError
 from tda.recipe import Recipe
 from tda.recipe.requirements import layer_slices
-from tda.scorer import Prepared, prepare, query_tiles, stream, top_k
+from tda.scorer.blocks import query_tiles, stream
+from tda.scorer.prepared import Prepared, prepare
+from tda.scorer.top import top_k
 
 if TYPE_CHECKING:
     from tda.store import Store, Table

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from tda.scorer import Prepared, stream
+from tda.scorer.blocks import stream
+from tda.scorer.prepared import Prepared
 
 _HELD = 2**23  # numbers of rows held at a time
 

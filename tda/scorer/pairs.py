@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tda.scorer import decoded
+from tda.scorer.blocks import decoded
 
 if TYPE_CHECKING:
-    from tda.scorer import Prepared
+    from tda.scorer.prepared import Prepared
     from tda.store import Table
 
 GATHERED_BYTES = 8 * 2**20  # float32 rows read at a time

@@ -23,8 +23,10 @@ import torch
 from torch import Tensor
 
 from tda.progress import Tick
-from tda.scorer import Coded, Ends, Prepared, ahead, coded, refuse_not_finite
+from tda.scorer import blocks
+from tda.scorer.blocks import Coded, ahead, coded, refuse_not_finite
 from tda.scorer.pairs import greatest, pair_scores
+from tda.scorer.prepared import Prepared
 from tda.scorer.ranking import Found, TopK, ranked
 
 FEWEST_QUERIES = 64  # below this the scan waits for memory, not for products
@@ -65,7 +67,7 @@ def top_k(prepared: Prepared, k: int) -> TopK:
 def ends(
     prepared: Prepared, k: int, span: tuple[int, int], tick: Tick = lambda count: None
 ) -> tuple[Found, Found]:
-    """What ``tda.scorer.Ends`` finds among the rows ``span``, which are at least k."""
+    """What ``blocks.ends`` finds among the rows ``span``, which are at least k."""
     few = prepared.num_queries < FEWEST_QUERIES and prepared.train.dtype == "int8"
     rounded = (Rounded.integers if few else Rounded.halves)(prepared.queries)
     kept = Shortlist(prepared.num_queries, k)
@@ -82,7 +84,7 @@ def ends(
         sides.append((columns.numpy(), values.neg_().numpy()))
     many = np.flatnonzero(kept.given_up)
     if len(many):
-        whole = Ends(prepared.select(many), k)(span, lambda count: None)
+        whole = blocks.ends(prepared.select(many), k, span, lambda count: None)
         for side, rest in zip(sides, whole, strict=True):
             side[0][many], side[1][many] = rest
     best, worst = sides

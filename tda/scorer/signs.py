@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from tda.recipe import Recipe
-from tda.scorer import Prepared
+from tda.scorer.prepared import Prepared
 from tda.scorer.replicates import num_parts, trainings
 
 HELD = 2**22  # numbers of products held at a time
