@@ -261,7 +261,7 @@ def test_it_is_the_gauss_newton_matrix(monkeypatch, pairs, most, error):
     Not the empirical Fisher matrix of labels that the model does not believe in.
     """
     monkeypatch.setattr(targets, "_PAIRS", pairs)
-    monkeypatch.setattr(targets, "_MOST_CLASSES", most)
+    monkeypatch.setattr(targets, "MOST_CLASSES", most)
     x = torch.randn(800, 3)
     model = nn.Linear(3, 3, bias=False)
     with torch.no_grad():

@@ -1,13 +1,21 @@
 """Pairs (example, label), drawn by what they add to a curvature and weighted by 1/π.
 
+    a_ic = p_ic ‖e_c − p_i‖²      what label c of example i adds to Σ_i tr(∇²ℓ_i), at the outputs
+
 Horvitz and Thompson 1952: Σ_r y_r/π_r is without bias whatever π is, and exact where all are taken.
 """
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
+
+MOST_CLASSES = 128  # beyond, labels are drawn from the model: a_ic is held for every pair
+_SHARE_AT_RANDOM = 0.05  # of the pairs, whatever a_ic says: other weights may weigh them otherwise
 
 
 @dataclass(frozen=True)
@@ -23,6 +31,22 @@ class Sample:
     label: np.ndarray
     weight: np.ndarray
     drawn: bool
+
+
+def pair_traces(p: Tensor) -> Tensor:
+    """a_ic = p_ic (1 − 2 p_ic + Σ_d p_id²) of probabilities p ``[example, class]``."""
+    return p * (1 - 2 * p + p.square().sum(1, keepdim=True))
+
+
+def none_out_of_reach(shares: np.ndarray) -> np.ndarray:
+    """Shares of all pairs, some of each at random."""
+    return (1 - _SHARE_AT_RANDOM) * shares + _SHARE_AT_RANDOM / shares.size
+
+
+def generator_of(key: str) -> torch.Generator:
+    """Of the draws for one row: they depend on its name, on nothing else."""
+    seed = hashlib.blake2b(key.encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(seed, "little"))
 
 
 def draw(importance: np.ndarray, num_rows: int, seed: int = 0) -> Sample:

@@ -19,7 +19,6 @@ Other measurements draw targets from the model (`Measurement.draw`) in place of 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -29,7 +28,14 @@ import torch
 from torch import Tensor
 
 from tda.batch_size import BatchSize
-from tda.curvature.sampling import Sample, draw
+from tda.curvature.sampling import (
+    MOST_CLASSES,
+    Sample,
+    draw,
+    generator_of,
+    none_out_of_reach,
+    pair_traces,
+)
 from tda.data import Batch, Dataset, Picked, batches
 from tda.errors import MismatchError, StoreError, TaskError
 from tda.examples import Examples, describe
@@ -50,8 +56,6 @@ from tda.store.manifest import CURVATURE, TRAIN
 from tda.store.marks import STATIC, remove_mark
 
 ROWS_PER_DIMENSION = 4
-_MOST_CLASSES = 128  # beyond, labels are drawn: a_ic is held for every pair
-_SHARE_AT_RANDOM = 0.05  # of the rows, whatever a_ic says: other checkpoints may weigh it otherwise
 _PROBES = 4
 
 
@@ -127,20 +131,18 @@ def _importance(
             last = min(first + batch_size, n)
             outputs = gradients.apply(predict, batch).float().cpu()
             if _has_every_label(task.measurement, outputs):
-                p = outputs.softmax(1)
-                parts.append(p * (1 - 2 * p + p.square().sum(1, keepdim=True)))
+                parts.append(pair_traces(outputs.softmax(1)))
             else:
                 parts.append(_traces(task.measurement, outputs, batch)[:, None])
             tick(last - first)
         a = torch.cat(parts).clamp(min=0)
         a[~a.isfinite()] = 0  # left to the featurizer, which names the example
         shares.append((a / a.sum(dtype=torch.float64).clamp(min=1e-300)).numpy())
-    a = np.mean(shares, axis=0)
-    return (1 - _SHARE_AT_RANDOM) * a + _SHARE_AT_RANDOM / a.size
+    return none_out_of_reach(np.mean(shares, axis=0))
 
 
 def _has_every_label(measurement: Measurement, outputs: Tensor) -> bool:
-    return measurement.output is log_odds and outputs.shape[1] <= _MOST_CLASSES
+    return measurement.output is log_odds and outputs.shape[1] <= MOST_CLASSES
 
 
 def _traces(measurement: Measurement, outputs: Tensor, batch: Batch) -> Tensor:
@@ -267,9 +269,7 @@ def _drawn(featurizer: Featurizer, batch: Batch, ids: np.ndarray) -> Batch:
     assert draw_one is not None, "plan_curvature checks this"
     targets = []
     for place, name in enumerate(ids):
-        seed = hashlib.blake2b(str(name).encode(), digest_size=7).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(seed, "little"))
         one = example_of(batch, place, len(ids))
-        drawn = featurizer.gradients.apply(draw_one, one, generator)
+        drawn = featurizer.gradients.apply(draw_one, one, generator_of(str(name)))
         targets.append(target(drawn).cpu())
     return with_target(batch, torch.cat(targets))

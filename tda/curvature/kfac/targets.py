@@ -8,7 +8,6 @@ one output an example   √ℓ''(f)·∇f        exact; and where no likelihood 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tda.curvature.sampling import draw
+from tda.curvature.sampling import MOST_CLASSES, draw, generator_of, none_out_of_reach, pair_traces
 from tda.data import Batch, Dataset, collate, evenly, read
 from tda.gradients import Gradients
 from tda.gradients.exact import example_of
@@ -32,9 +31,7 @@ from tda.measurements import (
 )
 from tda.task import Task
 
-_MOST_CLASSES = 128  # beyond, the shares of all pairs are not worth holding
 _PAIRS = 2  # drawn an example
-_SHARE_AT_RANDOM = 0.05  # of the pairs: none is out of reach
 
 
 def weighted(measurement: Measurement) -> Measurement:
@@ -78,14 +75,12 @@ class Rows:
         if _by_link(task.measurement) or task.measurement.output is not log_odds:
             return rows
         p = torch.cat([gradients.apply(predict, b).cpu() for b in rows._plain(batch_size)])
-        if p.shape[1] > _MOST_CLASSES:
+        if p.shape[1] > MOST_CLASSES:
             return rows
         p = p.double().softmax(1)
-        # Pairs add p_c‖e_c − p‖² at the outputs, which stands for what they add to F.
-        share = p * (1 - 2 * p + p.square().sum(1, keepdim=True)).clamp(min=0)
+        share = pair_traces(p).clamp(min=0)  # at the outputs: it stands for what a pair adds to F
         share = share / share.sum().clamp(min=torch.finfo(torch.float64).tiny)
-        share = (1 - _SHARE_AT_RANDOM) * share + _SHARE_AT_RANDOM / share.numel()
-        sample = draw(share.numpy(), _PAIRS * count, seed)
+        sample = draw(none_out_of_reach(share.numpy()), _PAIRS * count, seed)
         weight = torch.from_numpy(sample.weight) * p[sample.example, sample.label]
         return replace(
             rows,
@@ -131,7 +126,6 @@ class Rows:
     def _draw(self, one: Batch, row: int) -> Tensor:
         function = self.task.measurement.draw
         assert function is not None
-        key = hashlib.blake2b(f"{self.seed}/{self.example[row]}".encode(), digest_size=7).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(key, "little"))
+        generator = generator_of(f"{self.seed}/{self.example[row]}")
         drawn = self.gradients.apply(lambda model, batch: function(model, batch, generator), one)
         return target(drawn).cpu()
