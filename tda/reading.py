@@ -3,6 +3,7 @@ it makes, written behind."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,16 +19,16 @@ Rows = np.ndarray  # numbers of examples
 _END: Any = object()
 
 
-def ahead(items: Iterable[T]) -> Iterator[T]:
-    """The same items; while one is used, a thread makes the next.
+def ahead(items: Iterable[T], count: int = 1) -> Iterator[T]:
+    """The same items; while one is used, a thread makes the next ``count``.
 
-    What making it raises is raised here, in its turn. Leaving early waits for the one at hand.
+    What making one raises is raised here, in its turn. Leaving early waits for those at hand.
     """
     source = iter(items)
     with ThreadPoolExecutor(1, thread_name_prefix="tda-reading") as reader:
-        following = reader.submit(next, source, _END)
-        while (item := following.result()) is not _END:
-            following = reader.submit(next, source, _END)
+        following = deque(reader.submit(next, source, _END) for _ in range(count))
+        while (item := following.popleft().result()) is not _END:
+            following.append(reader.submit(next, source, _END))
             yield item
 
 

@@ -6,11 +6,9 @@ do not depend on chunks beyond float32 rounding.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,6 +19,7 @@ from tda.errors import StoreError
 from tda.malloc import keep_freed
 from tda.products import fast_products
 from tda.progress import Tick
+from tda.reading import ahead
 from tda.scorer.prepared import Prepared
 from tda.scorer.ranking import Found, Heaps
 
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 
     from tda.store import Table
 
-T = TypeVar("T")
 Coded = tuple[Tensor, Tensor | None]
 
 DECODED_BYTES = 8 * 2**20  # float32 rows at a time: enough for BLAS, and caches hold them
@@ -43,7 +41,7 @@ TASKS = 256  # Dask's overhead per task is milliseconds: few and coarse
 def stream(train: Table, start: int, stop: int) -> Iterator[tuple[int, int, list[Tensor]]]:
     """(low, high, rows of every checkpoint float32), read ahead and decoded where they are used."""
     size = max(1, DECODED_BYTES // (4 * train.dim))
-    for low, high, parts in ahead(coded(train, start, stop)):
+    for low, high, parts in coded(train, start, stop):
         for first in range(low, high, size):
             last = min(first + size, high)
             cut = slice(first - low, last - low)
@@ -51,25 +49,17 @@ def stream(train: Table, start: int, stop: int) -> Iterator[tuple[int, int, list
 
 
 def coded(train: Table, start: int, stop: int) -> Iterator[tuple[int, int, list[Coded]]]:
-    """(low, high, ``Table.coded_rows`` of every checkpoint): large chunks one by one, as views."""
-    for low, high in row_ranges(train, start, stop, DECODED_BYTES):
-        yield low, high, [train.coded_rows(c, low, high) for c in range(train.num_checkpoints)]
+    """(low, high, ``Table.coded_rows`` of every checkpoint), read ahead: large chunks as views."""
+    keep_freed()
+    checkpoints = range(train.num_checkpoints)
+    spans = row_ranges(train, start, stop, DECODED_BYTES)
+    parts = ((*span, [train.coded_rows(c, *span) for c in checkpoints]) for span in spans)
+    return ahead(parts, AHEAD)
 
 
 def decoded(rows: Tensor, factor: Tensor | None) -> Tensor:
     """Stored rows [r, k] as float32."""
     return rows.float() if factor is None else rows.float().mul_(factor[:, None])
-
-
-def ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same, made in a thread while earlier ones are used."""
-    keep_freed()
-    done = object()
-    with ThreadPoolExecutor(max_workers=1) as maker:
-        coming = deque(maker.submit(next, items, done) for _ in range(AHEAD))
-        while (item := coming.popleft().result()) is not done:
-            coming.append(maker.submit(next, items, done))
-            yield cast(T, item)
 
 
 def query_tiles(prepared: Prepared, num_rows: int) -> Iterator[tuple[int, Prepared]]:

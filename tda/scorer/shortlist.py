@@ -24,7 +24,7 @@ from torch import Tensor
 
 from tda.progress import Tick
 from tda.scorer import blocks
-from tda.scorer.blocks import Coded, ahead, coded, refuse_not_finite
+from tda.scorer.blocks import Coded, coded, refuse_not_finite
 from tda.scorer.pairs import greatest, pair_scores
 from tda.scorer.prepared import Prepared
 from tda.scorer.ranking import Found, TopK, ranked
@@ -71,7 +71,7 @@ def ends(
     few = prepared.num_queries < FEWEST_QUERIES and prepared.train.dtype == "int8"
     rounded = (Rounded.integers if few else Rounded.halves)(prepared.queries)
     kept = Shortlist(prepared.num_queries, k)
-    for low, _, parts in ahead(coded(prepared.train, *span)):
+    for low, _, parts in coded(prepared.train, *span):
         size = ROWS_OF_FEW if few else ROWS_AT_FIRST if low == span[0] else ROW_TILE
         for start, tile in _tiles(parts, few, size):
             _add_tile(kept, rounded, tile, prepared.row_weights, low + start)
