@@ -229,13 +229,13 @@ def select(queries: Gallery, count: int) -> tuple[list[int], str]:
     total = queries.num_rows
     loss = queries.last("loss")
     if loss is None:
-        every = sorted(set(np.linspace(0, total - 1, min(count, total)).round().astype(int)))
-        return [int(i) for i in every], "all of them" if total <= count else "spread evenly"
+        every = evenly(total, count).tolist()
+        return every, "all of them" if total <= count else "spread evenly"
     hardest = [int(i) for i in np.argsort(-np.nan_to_num(loss, nan=-np.inf), kind="stable")]
     if total <= count:
         return hardest, "all of them, highest loss first"
     first, rest = hardest[: (count + 1) // 2], sorted(hardest[(count + 1) // 2 :])
-    spread = np.linspace(0, len(rest) - 1, count - len(first)).round().astype(int)
+    spread = evenly(len(rest), count - len(first))
     return (
         first + [rest[i] for i in spread],
         f"the {len(first)} with the highest loss, then {len(spread)} spread evenly over the rest",
