@@ -8,6 +8,7 @@ taken away first and comes back last.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -83,18 +84,9 @@ def plan_table(
 
 def grow_checkpoints(table: Table, num_checkpoints: int) -> None:
     """Make room for more checkpoints. Existing chunks stay as they are."""
-    for spec in table.specs.values():
-        if not spec.per_checkpoint:
-            continue
-        grown = ArraySpec(
-            spec.name,
-            (num_checkpoints, *spec.shape[1:]),
-            spec.chunks,
-            spec.dtype,
-            spec.axes,
-            spec.encoding,
-        )
-        table.specs[spec.name] = grown
+    for name, spec in table.specs.items():
+        if spec.per_checkpoint:
+            table.specs[name] = replace(spec, shape=(num_checkpoints, *spec.shape[1:]))
     kept = {key: entry for key, entry in table.static.files.items() if not is_document(key)}
     remove_mark(table.folder, STATIC)
     files = {**kept, **_write_documents(table.folder, table.specs)}

@@ -266,13 +266,10 @@ class Table:
         specs = [self.specs["rows"], *([self.specs["scale"]] if "scale" in self.specs else [])]
         parts = []
         for spec in specs:
-            found = [
-                torch.from_numpy(self._reading.chunk(spec, checkpoint, chunk))[
-                    first - low : last - low
-                ]
-                for chunk, first, last in self._pieces(start, stop)
-                for low in [chunk * self.chunk_rows]
-            ]
+            found = []
+            for chunk, first, last in self._pieces(start, stop):
+                whole, low = self._reading.chunk(spec, checkpoint, chunk), chunk * self.chunk_rows
+                found.append(torch.from_numpy(whole)[first - low : last - low])
             parts.append(found[0] if len(found) == 1 else torch.cat(found))
         rows = parts[0]
         if self.dtype == "int4":
@@ -297,9 +294,7 @@ class Table:
         Each chunk is opened once and only the pages of the rows asked for are read, after the
         chunk's first check (see the class).
         """
-        index = np.asarray(indices, dtype=np.int64).reshape(-1)
-        if len(index) and not (index.min() >= 0 and index.max() < self.num_rows):
-            raise IndexError(f"example {index.min()} … {index.max()} of {self.num_rows}")
+        index = self._positions(indices)
         out = torch.empty((len(index), self.dim))
         order = np.argsort(index, kind="stable")
         chunks = index[order] // self.chunk_rows
@@ -343,11 +338,9 @@ class Table:
         For the texts and pictures of large sets: only the pages they are on are read, after the
         first check of a chunk (see the class). Raises StoreError as :meth:`column` does.
         """
-        index = np.asarray(indices, dtype=np.int64).reshape(-1)
         if name not in self.columns() or self.specs[name].per_checkpoint:
             raise StoreError(f"there is no column {name!r} of examples", where=self.folder)
-        if len(index) and not (index.min() >= 0 and index.max() < self.num_rows):
-            raise IndexError(f"example {index.min()} … {index.max()} of {self.num_rows}")
+        index = self._positions(indices)
         spec = self.specs[name]
         out = np.empty((len(index), *spec.shape[1:]), spec.dtype)
         for chunk in np.unique(index // spec.chunk_rows):
@@ -355,6 +348,13 @@ class Table:
             pick = index[here] - chunk * spec.chunk_rows
             out[here] = self._reading.picked(spec, (int(chunk),), pick)
         return decode_strings(out) if spec.encoding == "utf-8" else out
+
+    def _positions(self, indices: Any) -> np.ndarray:
+        """int64 ``[len(indices)]``. Raises IndexError where there is no such example."""
+        index = np.asarray(indices, dtype=np.int64).reshape(-1)
+        if len(index) and not (index.min() >= 0 and index.max() < self.num_rows):
+            raise IndexError(f"example {index.min()} … {index.max()} of {self.num_rows}")
+        return index
 
     def _read(self, name: str, checkpoint: int, start: int, stop: int) -> Tensor:
         if not 0 <= start <= stop <= self.num_rows:
