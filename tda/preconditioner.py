@@ -29,11 +29,6 @@ def inverse(damping: float) -> SpectralFunction:
     return lambda eigenvalues: 1 / (eigenvalues + damping)
 
 
-def inverse_root(damping: float) -> SpectralFunction:
-    """F(σ) = 1/√(σ + λ), λ in units of σ."""
-    return lambda eigenvalues: (eigenvalues + damping).rsqrt()
-
-
 def complement(damping: float) -> SpectralFunction:
     """F(σ) = (1 − σ)/λ: of mean_i h_i/(λ + h_i‖x_i‖²) x_i x_iᵀ it is mean_i (h_i x_i x_iᵀ + λI)⁻¹.
 
