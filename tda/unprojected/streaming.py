@@ -24,10 +24,9 @@ from tda.curvature import kfac
 from tda.curvature.gauss_newton import GaussNewton
 from tda.curvature.kfac import BATCH_SIZE, EkFac
 from tda.data import Dataset, as_dataset, batches
-from tda.errors import GradientError, RecipeError, TaskError
+from tda.errors import GradientError, TaskError
 from tda.gradients import Factor, Gradients, Lookup, shapes_of
 from tda.gradients.factors import materialise
-from tda.layout import is_sharded
 from tda.progress import Tick, progress_bar
 from tda.projection.outer import rank_one
 from tda.projection.tiles import tiles
@@ -38,6 +37,7 @@ from tda.scorer.embedding import reciprocal
 from tda.task import Task, require_task
 from tda.training.schedule import implied_damping
 from tda.unprojected.preconditioners import Factored, Preconditioner, Solved, Unchanged, Vectors
+from tda.unprojected.requirements import require_parameter_space
 
 _TILE_FLOATS = 2**24
 
@@ -68,20 +68,21 @@ def attribute(
     chosen = get_recipe(recipe)
     if damping is not None:
         chosen = replace(chosen, damping=damping)
-    _require(chosen, task)
+    require_parameter_space(task, chosen)
     data, manifest = (as_dataset(train), as_dataset(queries)), task.manifest()
     method = _Method(task, manifest, chosen, *data, batch_size)
     method.check_memory()
-    fitted = _given(ekfac, len(task.checkpoints)) if chosen.curvature != "identity" else None
+    curved = chosen.curvature != "identity"
+    fitted = _given(ekfac, len(task.checkpoints)) if curved else None
     total = np.zeros((len(method.queries), len(method.train)))
     residuals = np.zeros(len(method.train))
     passes = len(task.checkpoints) * (len(method.queries) + len(method.train))
-    if chosen.curvature != "identity" and fitted is None:
+    if curved and fitted is None:
         passes += 2 * len(task.checkpoints) * len(method.train)
     with progress_bar(f"scores by {chosen.name}", passes, progress) as tick:
         for checkpoint, share in enumerate(checkpoint_weights(manifest, chosen)):
             curvature = None
-            if chosen.curvature != "identity":
+            if curved:
                 curvature = fitted[checkpoint] if fitted else method.fit(checkpoint, seed, tick)
             kernel, weights = method.products(checkpoint, curvature, tick)
             if chosen.combine == "product_of_means":
@@ -263,67 +264,6 @@ def _given(ekfac: EkFac | Sequence[EkFac] | None, number: int) -> list[EkFac] | 
             wanted="a list of tda.fit_ekfac(task, train, checkpoint), in order",
         )
     return given
-
-
-def _require(recipe: Recipe, task: Task) -> None:
-    """Raises RecipeError for what has no meaning in parameter space."""
-    gauss_newton = "gauss_newton" if recipe.curvature == "gram" else "link", "gauss_newton"
-    names = shapes_of(task.model)
-    for broken, what, do in (
-        (
-            recipe.function not in ("identity", "inverse"),
-            f"function={recipe.function!r} needs rows that are stored",
-            "index a run, and ask it",
-        ),
-        (
-            recipe.query_share > 0,
-            "query_share mixes two curvatures, whose Kronecker factors do not add up",
-            "index a run, and ask it",
-        ),
-        (
-            recipe.metric != "any" or task.metric != "euclidean",
-            "gradients in parameter space are not scaled by a metric",
-            "use metric='any' and a task with metric='euclidean', or index a run, and ask it",
-        ),
-        (
-            recipe.curvature == "diagonal" and recipe.basis != "eigen",
-            "the plain diagonal of a curvature depends on the coordinates of the parameters",
-            "set basis='eigen': EK-FAC",
-        ),
-        (
-            recipe.curvature != "identity" and recipe.curvature_rows not in gauss_newton,
-            f"curvature_rows={recipe.curvature_rows!r}, but in parameter space the curvature is "
-            "the Gauss–Newton matrix of the model",
-            "set curvature_rows='gauss_newton'",
-        ),
-        (
-            recipe.core is not None,
-            "core is chosen among coordinates that are stored",
-            "set core=None: conjugate gradients take them all",
-        ),
-        (
-            recipe.curvature == "gram"
-            and (
-                recipe.blocks != "whole"
-                or recipe.rank is not None
-                or recipe.normalize in ("train", "both")
-            ),
-            "conjugate gradients give the whole inverse, of the queries",
-            "set blocks='whole', rank=None, normalize='none' or 'query'; or use EK-FAC",
-        ),
-        (
-            recipe.curvature == "gram" and is_sharded(task.model),
-            "conjugate gradients take derivatives that a model sharded over processes has not",
-            "ask for influence_ekfac; or index a run, and ask it for influence_gn",
-        ),
-        (
-            any(name not in names for name, _ in recipe.layer_weights),
-            "layer_weights name a parameter the model does not have",
-            "use the names of model.named_parameters()",
-        ),
-    ):
-        if broken:
-            raise RecipeError(what, where=f"recipe {recipe.name!r}, tda.attribute", do=do)
 
 
 def _check(loss: Tensor, sums: Any, first: int) -> None:
