@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import platform
 import sys
+from collections.abc import Mapping
 from functools import partial
 from importlib.metadata import version
 from typing import Any
 
 from tda import __version__
-from tda.bases import fit_bases, read_bases
+from tda.bases import Fitted, fit_bases, read_bases
 from tda.batch_size import BatchSize, check_batch_size
 from tda.cluster import Cluster, working
 from tda.curvature.table import check_measurement
@@ -20,7 +21,7 @@ from tda.featurizer import Featurizer
 from tda.filling import Filling, filler
 from tda.gradients import shapes_of
 from tda.progress import progress_bar
-from tda.projection import KINDS, Projection
+from tda.projection import KINDS, Projection, Projector
 from tda.run import Run
 from tda.store import Store
 from tda.store.encoding import Dtype
@@ -127,34 +128,42 @@ def _open_or_create(
             partial(featurizer.fit, projection, data, batch_size, progress),
         )
     projector = featurizer.bind(projection, bases)
-    spec = {**projection.spec(), "dim": projector.dim}
-    if bases is not None:
-        spec["bases_digest"] = bases.first
-    layers = [{"name": n, "offset": o, "size": s} for n, o, s in projector.layers]
     if chunk_rows is None:
         chunk_rows = stored["chunk_rows"] if stored else _chunk_rows(projector.dim, dtype)
-    manifest: dict[str, Any] = {
-        "format": 1,
+    manifest = {
         **about,
-        "projection": spec,
-        **({"layers": layers} if layers else {}),
-        **(bases.by_checkpoint if bases is not None else {}),
+        **_of_the_projection(projection, projector, bases),
         "dtype": dtype,
         "chunk_rows": chunk_rows,
-        "versions": {
-            "tda": __version__,
-            "python": platform.python_version(),
-            **{package: version(package) for package in _VERSIONS},
-        },
     }
-    known = len(stored["checkpoints"]) if stored else len(manifest["checkpoints"])
-    of_known = {name: manifest[name][:known] for name in _OF_CHECKPOINTS if name in manifest}
-    store = Store.create(path, {**manifest, **of_known})
-    for place, checkpoint in enumerate(manifest["checkpoints"][known:], start=known):
-        store.add_checkpoint(checkpoint, bases.digests[place] if bases is not None else None)
-    run = Run(store, task)
+    known = len((stored or manifest)["checkpoints"])
+    run = Run(_grown(path, manifest, known, bases), task)
     run._featurizer = featurizer
     return run
+
+
+def _of_the_projection(
+    projection: Projection, projector: Projector, bases: Fitted | None
+) -> dict[str, Any]:
+    """The part of a manifest that says how rows are projected, and where their layers are."""
+    spec = {**projection.spec(), "dim": projector.dim}
+    layers = [{"name": n, "offset": o, "size": s} for n, o, s in projector.layers]
+    found = {"projection": spec, **({"layers": layers} if layers else {})}
+    if bases is None:
+        return found
+    spec["bases_digest"] = bases.first
+    return found | bases.by_checkpoint
+
+
+def _grown(path: Place, manifest: Mapping[str, Any], known: int, bases: Fitted | None) -> Store:
+    """The store of a manifest, whose checkpoints but the ``known`` first are new to it."""
+    of_known = {name: manifest[name][:known] for name in _OF_CHECKPOINTS if name in manifest}
+    versions = {"tda": __version__, "python": platform.python_version()}
+    versions |= {package: version(package) for package in _VERSIONS}
+    store = Store.create(path, {"format": 1, **manifest, **of_known, "versions": versions})
+    for place, checkpoint in enumerate(manifest["checkpoints"][known:], start=known):
+        store.add_checkpoint(checkpoint, bases.digests[place] if bases is not None else None)
+    return store
 
 
 def _chunk_rows(dim: int, dtype: str) -> int:
