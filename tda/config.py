@@ -219,14 +219,15 @@ class Config(_Section):
                 where="[evaluate] train",
                 wanted=f"a function (subset, seed) -> model, as {CODE}",
             )
-        function, options = self._function(self.evaluate.train)
-        return functools.partial(function, **options) if options else function
+        return self._given(self.evaluate.train)
 
     def build_example(self) -> Callable[..., Any] | None:
         """``example(label, …)`` of [serve], given the options; None if there is none."""
-        if self.serve.example is None:
-            return None
-        function, options = self._function(self.serve.example)
+        return None if self.serve.example is None else self._given(self.serve.example)
+
+    def _given(self, reference: str) -> Callable[..., Any]:
+        """A function with its options, if it takes any."""
+        function, options = self._function(reference)
         return functools.partial(function, **options) if options else function
 
     def _build(self, reference: str) -> Any:
@@ -282,7 +283,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError("the configuration is not TOML", where=file, found=error) from error
     overridden = {_override(data, override) for override in overrides}
     if "folder" in data:  # a field of ours, not a key of the file
-        raise _unknown_key(file, text, ("folder",))
+        raise _unknown_key(file, ("folder",))
     try:
         return Config.model_validate({**data, "folder": file.resolve().parent})
     except ValidationError as error:
@@ -321,7 +322,7 @@ def _explain(
     where = "--set" if location in overridden else _place(file, text, location)
     dotted = ".".join(location)
     if fault["type"] == "extra_forbidden":
-        return _unknown_key(where, text, location)
+        return _unknown_key(where, location)
     if fault["type"] == "missing":
         return ConfigError(f"the configuration lacks {dotted}", where=where, wanted=dotted)
     return ConfigError(
@@ -332,7 +333,7 @@ def _explain(
     )
 
 
-def _unknown_key(where: object, text: str, location: tuple[str, ...]) -> ConfigError:
+def _unknown_key(where: object, location: tuple[str, ...]) -> ConfigError:
     *sections, key = location
     model: type[BaseModel] = Config
     for section in sections:

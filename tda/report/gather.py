@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -116,14 +117,14 @@ def collect(
     answered, baseline_note = _answers(run, query_name, k, shown, queries, train, top, signs)
     decisions = decide(train, queries, values, self_influence, evidence)
 
-    found_agreements: tuple[Agreement, ...] = ()
-    for name, other in others.items():
-        found_agreements += rank_agreement(chosen.name, name, ranked, other, train.num_rows)
-    found_agreements += shared_agreement(chosen.name, answered, train.num_rows)
-    found_agreements += value_agreement(
-        chosen.name, values.mean, evidence.knn, evidence.num_knn_queries
+    n, name = train.num_rows, chosen.name
+    by_rank = (rank_agreement(name, other, ranked, theirs, n) for other, theirs in others.items())
+    agreed = (
+        *chain.from_iterable(by_rank),
+        *shared_agreement(name, answered, n),
+        *value_agreement(name, values.mean, evidence.knn, evidence.num_knn_queries),
+        *self_influence_agreement(self_influence, loss),
     )
-    found_agreements += self_influence_agreement(self_influence, loss)
     measured = run.store.manifest.get("measurement", {})
     removal = foretell(
         values,
@@ -150,7 +151,7 @@ def collect(
         highest_loss=() if loss is None else _largest(train, loss, NUM_EXTREMES),
         rollups=rollups(train, values, self_influence, evidence, given.columns),
         class_matrix=matrix,
-        agreements=(*agreements, *found_agreements),
+        agreements=(*agreements, *agreed),
         notes=(*notes, *self_note, *baseline_note, *evidence.notes),
         decisions=decisions,
         trust=judge(values, evidence).with_removals(removal.measured),
