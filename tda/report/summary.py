@@ -10,7 +10,7 @@ import numpy as np
 
 from tda.report.actions import ORDER
 from tda.report.charts import value_bins
-from tda.report.data import Example, ReportData, Rollup, Scored
+from tda.report.data import Example, Query, ReportData, Rollup, Scored
 from tda.report.trust import RULE
 from tda.report.words import headline, limits, reading
 
@@ -19,8 +19,6 @@ FORMAT = 1
 
 def summarise(data: ReportData) -> dict[str, Any]:
     """The report as plain JSON values; undefined numbers are null, pictures are left out."""
-    edges, counts = value_bins(data.values.mean)
-    values = data.values
     found = {
         "format": FORMAT,
         "headline": headline(data),
@@ -31,38 +29,14 @@ def summarise(data: ReportData) -> dict[str, Any]:
         "num_shown": len(data.queries),
         "selection": data.selection,
         "signs": data.signs,
-        "values": {
-            "num_helping": values.num_helping,
-            "num_hurting": values.num_hurting,
-            "num_clearly_helping": values.num_clearly_helping,
-            "num_clearly_hurting": values.num_clearly_hurting,
-            "share_helping": values.num_helping / data.num_train,
-            "share_hurting": values.num_hurting / data.num_train,
-            "share_of_top_1_percent": values.concentration.top_1_percent,
-            "share_of_top_10_percent": values.concentration.top_10_percent,
-            "gini": values.concentration.gini,
-            "num_reliable": values.num_reliable,
-            "num_replicates": values.num_replicates,
-            "independent": values.independent,
-            "covers": values.covers,
-            "mean": float(values.mean.mean()),
-            "min": float(values.mean.min()),
-            "max": float(values.mean.max()),
-            "histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
-        },
+        "values": _values(data),
         "most_helpful": [_scored(scored, "value") for scored in data.valuable],
         "most_harmful": [_scored(scored, "value") for scored in data.harmful],
         "suspects": [suspect(data, scored) for scored in data.suspects],
         "highest_loss": [_example(scored.example) for scored in data.highest_loss],
         "suspects_with_highest_loss": suspects_with_highest_loss(data),
         "rollups": {rollup.column: _rollup(rollup) for rollup in data.rollups},
-        "class_matrix": None
-        if data.class_matrix is None
-        else {
-            "query_labels": data.class_matrix.query_labels,
-            "train_labels": data.class_matrix.train_labels,
-            "mean": data.class_matrix.mean.tolist(),
-        },
+        "class_matrix": _class_matrix(data),
         "decisions": _decisions(data),
         "trust": _trust(data),
         "removal": _removal(data),
@@ -73,19 +47,7 @@ def summarise(data: ReportData) -> dict[str, Any]:
         ],
         "num_others": len(data.others),
         "limits": limits(data),
-        "queries": [
-            {
-                **_example(query.example),
-                "proponents": [_scored(scored, "score") for scored in query.proponents],
-                "opponents": [_scored(scored, "score") for scored in query.opponents],
-                "nearest": [_scored(scored, "cosine") for scored in query.nearest],
-                "proponents_same_label": query.same_label(query.proponents),
-                "opponents_same_label": query.same_label(query.opponents),
-                "nearest_same_label": query.same_label(query.nearest),
-                "proponents_nearest": query.shared,
-            }
-            for query in data.queries
-        ],
+        "queries": [_query(query) for query in data.queries],
     }
     return _json(found)
 
@@ -128,6 +90,54 @@ def _scored(scored: Scored, name: str) -> dict[str, Any]:
 def _rollup(rollup: Rollup) -> dict[str, Any]:
     slices = [dataclasses.asdict(part) for part in rollup.slices]
     return {"slices": slices, "num_omitted": rollup.num_omitted, "gini": rollup.gini}
+
+
+def _values(data: ReportData) -> dict[str, Any]:
+    values = data.values
+    edges, counts = value_bins(values.mean)
+    return {
+        "num_helping": values.num_helping,
+        "num_hurting": values.num_hurting,
+        "num_clearly_helping": values.num_clearly_helping,
+        "num_clearly_hurting": values.num_clearly_hurting,
+        "share_helping": values.num_helping / data.num_train,
+        "share_hurting": values.num_hurting / data.num_train,
+        "share_of_top_1_percent": values.concentration.top_1_percent,
+        "share_of_top_10_percent": values.concentration.top_10_percent,
+        "gini": values.concentration.gini,
+        "num_reliable": values.num_reliable,
+        "num_replicates": values.num_replicates,
+        "independent": values.independent,
+        "covers": values.covers,
+        "mean": float(values.mean.mean()),
+        "min": float(values.mean.min()),
+        "max": float(values.mean.max()),
+        "histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
+    }
+
+
+def _class_matrix(data: ReportData) -> dict[str, Any] | None:
+    found = data.class_matrix
+    if found is None:
+        return None
+    return {
+        "query_labels": found.query_labels,
+        "train_labels": found.train_labels,
+        "mean": found.mean.tolist(),
+    }
+
+
+def _query(query: Query) -> dict[str, Any]:
+    return {
+        **_example(query.example),
+        "proponents": [_scored(scored, "score") for scored in query.proponents],
+        "opponents": [_scored(scored, "score") for scored in query.opponents],
+        "nearest": [_scored(scored, "cosine") for scored in query.nearest],
+        "proponents_same_label": query.same_label(query.proponents),
+        "opponents_same_label": query.same_label(query.opponents),
+        "nearest_same_label": query.same_label(query.nearest),
+        "proponents_nearest": query.shared,
+    }
 
 
 def _decisions(data: ReportData) -> dict[str, Any] | None:
