@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from fastapi import APIRouter, Depends, Path, Query, Response
@@ -63,11 +63,28 @@ def keep_of(source: Value = None, group: Value = None, label: Value = None) -> K
 Kept = Annotated[Keep, Depends(keep_of)]
 
 
+class Method(NamedTuple):
+    """What a request says of the method it wants."""
+
+    recipe: str | None
+    damping: float | Literal["auto"]
+
+
+def method_of(recipe: RecipeName = None, damping: Damping = "auto") -> Method:
+    """The method of a request."""
+    return Method(recipe, damping)
+
+
+Asked = Annotated[Method, Depends(method_of)]
+
+
 def router(explorer: Explorer, marks: Marks) -> APIRouter:
     """Every route under /api."""
     api = APIRouter(prefix="/api", responses=FAULTS)
     _describe(api, explorer, marks)
-    _ask(api, explorer, Shown(explorer, marks))
+    shown = Shown(explorer, marks)
+    _ask(api, explorer, shown)
+    _look_up(api, explorer, shown)
     _mark(api, explorer, marks)
     _pictures(api, explorer)
     return api
@@ -161,38 +178,24 @@ def _ask(api: APIRouter, explorer: Explorer, shown: Shown) -> None:
         name: Name,
         index: Index,
         keep: Kept,
-        recipe: RecipeName = None,
-        damping: Damping = "auto",
+        method: Asked,
         k: Depth = None,
         search: Search = "auto",
     ) -> AnswerOut:
         """The training examples most for and most against one query."""
-        question = Question(name, index, shown.recipe(recipe, damping))
+        question = Question(name, index, shown.recipe(*method))
         return answered(question, k or explorer.defaults.k, keep, search)
 
     @api.get("/sets/{name}/values")
-    def values(
-        name: Name,
-        keep: Kept,
-        recipe: RecipeName = None,
-        damping: Damping = "auto",
-        k: Depth = None,
-    ) -> AnswerOut:
+    def values(name: Name, keep: Kept, method: Asked, k: Depth = None) -> AnswerOut:
         """The training examples most for and against a whole set: scores are means over it."""
-        question = Question(name, None, shown.recipe(recipe, damping))
+        question = Question(name, None, shown.recipe(*method))
         return answered(question, k or explorer.defaults.k, keep, "exact")
 
     @api.get("/sets/{name}/queries/{index}/layers")
-    def layers(
-        name: Name,
-        index: Index,
-        keep: Kept,
-        recipe: RecipeName = None,
-        damping: Damping = "auto",
-        k: Depth = None,
-    ) -> LayersOut:
+    def layers(name: Name, index: Index, keep: Kept, method: Asked, k: Depth = None) -> LayersOut:
         """What each layer gives to the scores of the examples that the same question shows."""
-        question = Question(name, index, shown.recipe(recipe, damping))
+        question = Question(name, index, shown.recipe(*method))
         answer = explorer.answer(question, k or explorer.defaults.k, keep)
         indices = np.concatenate([answer.proponents.indices, answer.opponents.indices])
         scores = explorer.by_layer(question, indices)
@@ -203,14 +206,13 @@ def _ask(api: APIRouter, explorer: Explorer, shown: Shown) -> None:
     def comparison(
         name: Name,
         index: Index,
+        method: Asked,
         other: Annotated[str, Query(max_length=MAX_NAME, description="The other recipe.")],
         other_damping: Damping = "auto",
-        recipe: RecipeName = None,
-        damping: Damping = "auto",
         k: Depth = None,
     ) -> ComparisonOut:
         """Two recipes side by side: overlap of the k strongest, rank correlation of all scores."""
-        left, right = shown.recipe(recipe, damping), shown.recipe(other, other_damping)
+        left, right = shown.recipe(*method), shown.recipe(other, other_damping)
         depth = k or explorer.defaults.k
         found = compare(explorer, Question(name, index, left), right, depth)
         sides = [
@@ -236,12 +238,11 @@ def _ask(api: APIRouter, explorer: Explorer, shown: Shown) -> None:
     @api.get("/sets/{name}/groups")
     def groups(
         name: Name,
+        method: Asked,
         query: Annotated[int | None, Query(ge=0, description="Default: all of the set.")] = None,
-        recipe: RecipeName = None,
-        damping: Damping = "auto",
     ) -> list[GroupsOut]:
         """Shares of influence by source, group and label, for one query or the mean of all."""
-        question = Question(name, query, shown.recipe(recipe, damping))
+        question = Question(name, query, shown.recipe(*method))
         return [
             GroupsOut(
                 column=found.column,
@@ -250,16 +251,14 @@ def _ask(api: APIRouter, explorer: Explorer, shown: Shown) -> None:
             for found in group_view(explorer, question)
         ]
 
+
+def _look_up(api: APIRouter, explorer: Explorer, shown: Shown) -> None:
     @api.get("/self-influence")
     def self_influence(
-        keep: Kept,
-        recipe: RecipeName = None,
-        damping: Damping = "auto",
-        page: PageNumber = 1,
-        size: PageSize = 50,
+        keep: Kept, method: Asked, page: PageNumber = 1, size: PageSize = 50
     ) -> RankedOut:
         """Training examples by their score for themselves: outliers and wrong labels come first."""
-        chosen = shown.recipe(recipe, damping)
+        chosen = shown.recipe(*method)
         order, values = explorer.by_self_influence(chosen, keep), explorer.self_influence(chosen)
         here = order[(page - 1) * size : page * size]
         return RankedOut(
@@ -274,12 +273,11 @@ def _ask(api: APIRouter, explorer: Explorer, shown: Shown) -> None:
     def reach(
         index: Index,
         queries: Annotated[str, Query(max_length=MAX_NAME, description="A query set.")],
-        recipe: RecipeName = None,
-        damping: Damping = "auto",
+        method: Asked,
         k: Depth = None,
     ) -> ReachOut:
         """The queries that one training example helps and hurts most."""
-        scores = explorer.reach(queries, shown.recipe(recipe, damping), index)
+        scores = explorer.reach(queries, shown.recipe(*method), index)
         shelf = explorer.library.queries(queries)
         sides = []
         for side, sign in zip(extremes(scores, k or explorer.defaults.k), (1, -1), strict=True):
