@@ -289,6 +289,8 @@ def _client(place: Remote) -> Any:
 
 @cache
 def _connected(bucket: str, options: tuple[tuple[str, str], ...], endpoint: str | None) -> Any:
+    """One client for all that are alike. endpoint: that of the environment, which it is read from:
+    with another it is another client."""
     _obstore()
     from obstore.store import from_url
 
