@@ -120,7 +120,8 @@ def test_an_added_checkpoint_is_missing_everywhere_and_the_rest_is_kept(tmp_path
     [
         ("model.digest", lambda m: m["model"].update(digest="other")),
         ("checkpoints[1].digest", lambda m: m["checkpoints"][1].update(digest="other")),
-        ("checkpoints", lambda m: m["checkpoints"].pop()),
+        ("number of checkpoints", lambda m: m["checkpoints"].pop()),
+        ("checkpoints[0].digest", lambda m: m["checkpoints"].pop(0)),
         ("measurement.name", lambda m: m["measurement"].update(name="other")),
         ("projection.dim", lambda m: m["projection"].update(dim=K + 1)),
         ("projection.seed", lambda m: m["projection"].update(seed=1)),

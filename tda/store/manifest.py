@@ -40,8 +40,8 @@ _QUERY_SET = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}")
 _NEW_FOLDER = "or index into a new folder"
 _CURES = {
     "model": f"use the model this run was made with, {_NEW_FOLDER}",
-    "checkpoints": "give the same checkpoints in the same order (more may follow them: "
-    f"Store.add_checkpoint), {_NEW_FOLDER}",
+    "checkpoints": "give the same checkpoints in the same order (`tda index` takes more at the end "
+    f"of the list), {_NEW_FOLDER}",
     "measurement": f"use the measurement this run was made with, {_NEW_FOLDER}",
     "metric": f"give the Task the metric this run was made with, {_NEW_FOLDER}",
     "projection": f"use the projection this run was made with, {_NEW_FOLDER}",
@@ -155,9 +155,10 @@ def require_same(run: Place, stored: Mapping[str, Any], given: Mapping[str, Any]
 def _difference(name: str, stored: Any, given: Any) -> tuple[str, Any, Any] | None:
     if isinstance(stored, dict) and isinstance(given, dict):
         pairs = [(f"{name}.{key}", stored.get(key), given.get(key)) for key in {**given, **stored}]
-    elif isinstance(stored, list) and isinstance(given, list) and len(stored) == len(given):
-        both = zip(stored, given, strict=True)
+    elif isinstance(stored, list) and isinstance(given, list):
+        both = zip(stored, given, strict=False)
         pairs = [(f"{name}[{i}]", there, here) for i, (there, here) in enumerate(both)]
+        pairs.append((f"number of {name}", len(stored), len(given)))
     else:
         return None if stored == given else (name, stored, given)
     return next((found for pair in pairs if (found := _difference(*pair))), None)
