@@ -98,6 +98,13 @@ def test_help_loads_nothing_heavy(arguments):
     assert loaded.splitlines()[-1] == "LOADED []"
 
 
+@pytest.mark.parametrize("command", sorted(typer.main.get_group(app).commands))
+def test_help_shows_what_is_written_and_no_mark_up(command):
+    shown = ran(command, "--help").output
+    assert "`" not in shown
+    assert "\\" not in shown
+
+
 def test_any_command_that_is_asked_to_stop_says_so():
     commands = typer.Typer(cls=Commands)
     commands.callback()(lambda: None)

@@ -488,6 +488,10 @@ def test_evaluate_command_prints_and_keeps_a_table(tmp_path):
     only = ran("evaluate", file, "--recipe", "trak", "--set", "evaluate.num_subsets=4").output
     assert "trak" in only
     assert "grad_dot" not in only
+    two = ("evaluate", file, "--set", "workload.queries.more=job.py:more")
+    assert "name one with --queries" in ran(*two, code=1).output
+    few = ("--name", "few", "--recipe", "trak", "--set", "evaluate.num_subsets=2")
+    assert "3 queries 'more'" in ran(*two, "--queries", "more", *few).output
     text = file.read_text()
     file.write_text(text[: text.index("[evaluate]")])
     assert "[evaluate] train" in ran("evaluate", file, code=1).output

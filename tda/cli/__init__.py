@@ -211,6 +211,7 @@ def score(
 @app.command()
 def evaluate(
     config: ConfigFile,
+    queries: QuerySet = None,
     recipe: Annotated[
         list[str] | None,
         typer.Option("--recipe", metavar="NAME", help="Only this method; repeatable."),
@@ -236,7 +237,7 @@ def evaluate(
 
     loaded = load_config(config, set_ or ())
     with working(loaded, workers, scheduler):
-        compared = evaluation.evaluate(loaded, recipe or (), name)
+        compared = evaluation.evaluate(loaded, recipe or (), name, queries)
     tables.show(evaluation.table(compared))
     typer.echo(compared.write())
 
@@ -372,7 +373,7 @@ def serve(
     Pick a query and see what spoke for and against it; switch recipe and damping live; compare
     recipes; mark examples to relabel, remove or keep. Served from a CONFIG, new queries can be
     uploaded. Only this machine is listened to, unless --host says otherwise: then the address
-    printed holds a token. Needs `pip install 'tda-engine\\[serve]'`.
+    printed holds a token. Needs `pip install 'tda-engine[serve]'`.
 
     Example: `tda serve stores/digits`
     """

@@ -18,8 +18,16 @@ if TYPE_CHECKING:
     from tda.config import Config, EvaluateSection
 
 
-def evaluate(config: Config, recipes: Sequence[str], name: str | None = None) -> Comparison:
-    """The ground truth of ``config``, finished now if it is not, and every recipe's LDS on it."""
+def evaluate(
+    config: Config,
+    recipes: Sequence[str],
+    name: str | None = None,
+    queries: str | None = None,
+) -> Comparison:
+    """The ground truth of ``config``, finished now if it is not, and every recipe's LDS on it.
+
+    queries: a query set, in place of that of [evaluate].
+    """
     chosen = [*(recipes or RECIPES)]
     for recipe in chosen:  # a spelling mistake is found before anything is trained
         if recipe != AUTO:
@@ -27,16 +35,16 @@ def evaluate(config: Config, recipes: Sequence[str], name: str | None = None) ->
     train = config.build_retraining()
     section, design = config.evaluate, design_of(config.evaluate)
     opened = open_config(config)
-    queries = opened.query_set(section.queries)
+    asked = opened.query_set(queries or section.queries)
     truth = ground_truth(
         opened.run,
         train,
-        queries_of(config, queries),
+        queries_of(config, asked),
         design,
         name=name,
         workers=section.workers,
     )
-    return compare(opened.run, truth, queries, chosen)
+    return compare(opened.run, truth, asked, chosen)
 
 
 def design_of(section: EvaluateSection) -> Design:
