@@ -25,7 +25,7 @@ from tda.errors import ConfigError
 
 BatchSize = int | Literal["auto"]
 
-_PROBES = 2, 4
+PROBES = 2, 4
 _LEAST, _MOST = 8, 1024
 _BACKWARD = 2  # times the operations of the forward pass
 _WORK = {"cpu": 3e9}
@@ -60,7 +60,7 @@ def automatic(forward: Callable[[int], object], num_examples: int, device: torch
 
     num_examples: in the data; with fewer than are probed there is nothing to choose.
     """
-    few, more = _PROBES
+    few, more = PROBES
     if num_examples < more:
         return num_examples
     costs = _cost(forward, few), _cost(forward, more)

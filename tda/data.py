@@ -91,6 +91,13 @@ def as_dataset(data: Any) -> Dataset:
             wanted="its columns as arrays",
             do='(table[features].to_numpy("float32"), table["label"].to_numpy())',
         )
+    if isinstance(data, Mapping) and any(hasattr(part, "column_names") for part in parts):
+        raise DataError(
+            "these are several data sets",
+            found=", ".join(map(str, data)),
+            wanted="one map-style data set",
+            do=f"give one of them: data[{next(iter(data))!r}]",
+        )
     are_arrays = any(isinstance(part, _ARRAY) for part in parts)
     are_arrays &= all(isinstance(part, _ARRAY | _NUMBER) for part in parts)
     if isinstance(data, tuple) and are_arrays:
@@ -102,7 +109,7 @@ def as_dataset(data: Any) -> Dataset:
     else:
         dataset = data
     map_style = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
-    if isinstance(dataset, type) or not map_style:
+    if isinstance(dataset, type | str | bytes) or not map_style:
         raise DataError(
             "this is not a map-style data set",
             found=type(data).__name__,

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tda.batch_size import BatchSize, automatic
+from tda.batch_size import PROBES, BatchSize, automatic
 from tda.curvature import kfac
 from tda.data import Batch, Dataset, collate, evenly, read
 from tda.gradients import Audit, Consume, Convolved, Dense, Factor, Gradients, shapes_of
@@ -245,13 +245,13 @@ class Featurizer:
         found = []
         for first in range(0, len(places), size):
             some = places[first : first + size]
-            batch = self._batch(dataset, some)
-            self.task.measurement.check(batch, some)
-            found.append(self.gradients(batch, len(some), consume))
+            found.append(self.gradients(self._batch(dataset, some), len(some), consume))
         return found
 
     def _batch(self, dataset: Dataset, places: list[int]) -> Batch:
-        return collate([read(dataset, i) for i in places], self.task.collate)
+        batch = collate([read(dataset, i) for i in places], self.task.collate)
+        self.gradients.check(batch, places)
+        return batch
 
     def batch_size(self, given: BatchSize, dataset: Dataset) -> int:
         """``given``; for "auto" what suits the model and these data (`tda.batch_size`)."""
@@ -260,13 +260,9 @@ class Featurizer:
         if self._sized is None or self._sized[0] is not dataset:
             if self._checkpoint is None:
                 self.at(len(self.task.checkpoints) - 1)
-            size = automatic(
-                lambda count: self.gradients.forward(
-                    self._batch(dataset, evenly(len(dataset), count).tolist())
-                ),
-                len(dataset),
-                self.gradients.device,
-            )
+            total, gradients = len(dataset), self.gradients
+            probed = {n: self._batch(dataset, evenly(total, n).tolist()) for n in PROBES}
+            size = automatic(lambda n: gradients.forward(probed[n]), total, gradients.device)
             self._sized = dataset, size
         return self._sized[1]
 

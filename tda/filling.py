@@ -152,7 +152,7 @@ def fill(
         size *= featurizer.num_shares
     for rows, batch in ahead(reading(dataset, start, stop, size, collate_with)):
         if compute is None:
-            featurizer.task.measurement.check(batch, rows)
+            featurizer.gradients.check(batch, rows)
         features = _features(featurizer, table, dataset, batch, rows, compute)
         _check_finite(features, table, rows, checkpoint)
         features = features.with_embedding(table.hidden or 0)

@@ -13,6 +13,7 @@ import copy
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from tda.errors import TaskError
 
@@ -83,6 +84,14 @@ def require_whole(model: nn.Module) -> None:
 
 def require_numbers(model: nn.Module) -> None:
     """Raises TaskError unless every parameter is on a device where it is computed with."""
+    shapeless = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
+    if shapeless:
+        raise TaskError(
+            "parameters of the model have no shape yet",
+            where=shapeless[0],
+            found="a lazy layer that has not seen a batch",
+            do="pass one batch through the model before making the task",
+        )
     absent = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if absent:
         raise TaskError(

@@ -79,6 +79,7 @@ def deep(
             where=table.folder,
             found=f"{len(data)} examples",
             wanted=f"at least {table.num_rows}",
+            do="give the data set the run was indexed with last, deleted examples too",
         )
     draw = np.random.default_rng(seed)
     picked = np.sort(draw.choice(table.num_rows, min(sample, table.num_rows), replace=False))

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import tda
-from tda.errors import ConfigError, GradientError, TaskError
+from tda.errors import ConfigError, DataError, GradientError, TaskError
 
 MODEL: Any = nn.Linear(2, 3)
 DATA = (torch.randn(4, 2), torch.arange(4) % 3)
@@ -148,10 +148,11 @@ def test_a_device_that_this_machine_does_not_have(tmp_path: Path) -> None:
         tda.index(task, DATA, tmp_path / "run", progress=False)
 
 
-@pytest.mark.parametrize("given", [None, 3], ids=str)
+@pytest.mark.parametrize("given", [None, 3, ""], ids=repr)
 def test_what_names_no_place(given: Any) -> None:
+    """Nothing, such as a variable of the environment that is not set, is not this folder."""
     for use in (lambda: tda.open(given), lambda: tda.index(tda.Task(MODEL), DATA, given)):
-        with pytest.raises(ConfigError, match=rf"no place[^§]*{given}[^§]*folder"):
+        with pytest.raises(ConfigError, match=rf"no place[^§]*{given!r}[^§]*folder"):
             use()
 
 
@@ -161,7 +162,14 @@ def test_a_recorder_is_told_what_to_keep(tmp_path: Path) -> None:
         tda.Recorder(tmp_path / "rec", MODEL, torch.optim.SGD(MODEL.parameters(), 0.1), keep)
 
 
-WRONG = {"shape": (torch.randn(3, 5), torch.zeros(3).long()), "label": (DATA[0], DATA[1] + 3)}
+WRONG = {
+    "shape": (
+        (torch.randn(3, 5), torch.zeros(3).long()),
+        GradientError,
+        r"float32 \[\d, 5\], int64",
+    ),
+    "label": ((DATA[0], DATA[1] + 3), DataError, r"no class[^§]*example 0[^§]*3[^§]*0 … 2"),
+}
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -169,8 +177,23 @@ WRONG = {"shape": (torch.randn(3, 5), torch.zeros(3).long()), "label": (DATA[0],
 def test_queries_that_the_model_cannot_take(name: str, batch_size: Any, tmp_path: Path) -> None:
     """By the run that has just been indexed, whose first batch went well."""
     run = tda.index(tda.Task(MODEL), DATA, tmp_path / "run", proj_dim=8, progress=False)
-    with pytest.raises(GradientError, match=r"fails on a batch[^§]*float32 \[\d, \d\], int64"):
-        run.add_queries(WRONG[name], batch_size=batch_size)
+    queries, error, message = WRONG[name]
+    with pytest.raises(error, match=message):
+        run.add_queries(queries, batch_size=batch_size)
+
+
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(), nn.functional.cross_entropy])
+def test_a_loss_of_torch_is_no_measurement(loss: Any) -> None:
+    with pytest.raises(TaskError, match=r"no measurement[^§]*'cross_entropy'[^§]*lambda"):
+        tda.Task(MODEL, measurement=loss)
+
+
+def test_a_model_whose_shapes_are_not_known_yet() -> None:
+    model = nn.Sequential(nn.Linear(2, 4), nn.LazyLinear(3))
+    with pytest.raises(TaskError, match=r"no shape yet[^§]*1\.weight"):
+        tda.Task(model)
+    model(DATA[0])
+    tda.Task(model)
 
 
 def test_what_is_no_projection(tmp_path: Path) -> None:

@@ -198,9 +198,10 @@ def test_one_example_is_asked_for_as_a_slice(label):
             as_dataset(data)
 
 
-def test_a_class_is_no_data_set():
+@pytest.mark.parametrize("given", [TensorDataset, "train.csv"], ids=["class", "path"])
+def test_what_is_indexed_but_holds_no_examples_is_no_data_set(given):
     with pytest.raises(DataError, match="not a map-style data set"):
-        as_dataset(TensorDataset)
+        as_dataset(given)
 
 
 def test_arrays_that_cannot_be_written_are_read_without_a_word(tmp_path):
@@ -323,6 +324,18 @@ def test_a_target_that_is_no_probability_is_refused_by_example(tmp_path, measure
         tda.attribute(task, (SCALED, labels), (SCALED[:2], labels[:2]), "grad_dot", progress=False)
 
 
+@pytest.mark.parametrize("wrong", [3, -1, -100])
+def test_a_target_that_is_no_class_is_refused_by_example(tmp_path, wrong):
+    model = torch.nn.Linear(6, 3)
+    labels = torch.arange(40) % 3
+    given = SCALED, torch.where(torch.arange(40) == 17, wrong, labels)
+    message = rf"no class[^§]*example 17[^§]*{wrong}\n[^§]*0 … 2[^§]*3 outputs"
+    with pytest.raises(DataError, match=message):
+        tda.index(tda.Task(model), given, tmp_path / "run", batch_size=4, progress=False)
+    with pytest.raises(DataError, match=message):
+        tda.attribute(tda.Task(model), given, (SCALED[:2], labels[:2]), "grad_dot", progress=False)
+
+
 def test_soft_labels_have_the_loss_and_gradients_of_their_cross_entropy(tmp_path):
     labels = torch.linspace(0, 1, 40)[:, None]
     queries = SCALED[:3], labels[:3]
@@ -367,6 +380,14 @@ def test_targets_that_are_the_next_tokens_already_are_refused(tmp_path, name):
     task = tda.Task(Bigrams(), measurement="causal_lm")
     with pytest.raises(DataError, match=r"next token already[^§]*example 0[^§]*\(tokens, tokens\)"):
         tda.index(task, MOVED[name], tmp_path / "run", progress=False)
+
+
+def test_a_target_that_is_no_token_is_refused_by_example(tmp_path):
+    labels = torch.where(torch.arange(5) == 4, 5, TEXTS)
+    labels[:2] = torch.where(torch.arange(5) < 2, -100, TEXTS[:2])  # left out, and no class
+    task = tda.Task(Bigrams(), measurement="causal_lm")
+    with pytest.raises(DataError, match=r"no class[^§]*example 2[^§]*5\n[^§]*0 … 4"):
+        tda.index(task, (TEXTS, labels), tmp_path / "run", progress=False)
 
 
 def test_tokens_as_their_own_targets_are_taken_also_where_they_repeat(tmp_path):

@@ -19,7 +19,7 @@ import tda
 from tda.errors import GradientError, TaskError, TdaError
 from tda.gradients import Gradients
 from tda.gradients.factors import materialise
-from tda.measurements import as_measurement
+from tda.measurements import MEASUREMENTS, as_measurement
 from tda.run import Run
 from tda.task import Task
 
@@ -380,6 +380,36 @@ def test_a_label_out_of_range_is_explained_of_pictures_too() -> None:
     batch = torch.randn(3, 1, 3, 3), torch.tensor([0, 1, 4])
     with pytest.raises(GradientError, match=r"fails on a batch[^§]*IndexError[^§]*int64 \[3\]"):
         Gradients(model, measurement)(batch, 3, lambda name, factors: None)
+
+
+OUTPUTS: dict[str, Callable] = {
+    "tuple": lambda z: (z, z),
+    "dict": lambda z: {"logits": z},
+}
+
+
+@pytest.mark.parametrize("measurement", sorted(MEASUREMENTS))
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_an_output_that_is_no_tensor_is_refused(name: str, measurement: str) -> None:
+    model = Net(lambda net, x: OUTPUTS[name](net.one(x.sum(1))), one=linear())
+    targets = torch.zeros(3, 4) if measurement == "multi_label" else torch.zeros(3).long()
+    with pytest.raises(TaskError, match=rf"no tensor[^§]*{name}[^§]*logits"):
+        Gradients(model, as_measurement(measurement))((X[:3], targets), 3, lambda *_: None)
+
+
+def test_an_output_that_no_parameter_has_made_is_refused() -> None:
+    model = Net(lambda net, x: torch.tensor(net.one(x.sum(1)).tolist()), one=linear())
+    with pytest.raises(GradientError, match=r"does not depend on any parameter[^§]*detach"):
+        Gradients(model, as_measurement("cross_entropy"))((X[:3], Y[:3]), 3, lambda *_: None)
+
+
+@pytest.mark.parametrize("fault", [KeyError("y"), AttributeError("y"), AssertionError("y")])
+def test_a_fault_of_the_users_code_is_explained(fault: Exception) -> None:
+    def loss(net: nn.Module, batch: Any) -> Tensor:
+        raise fault
+
+    with pytest.raises(GradientError, match=rf"fails on a batch[^§]*{type(fault).__name__}"):
+        Gradients(linear(), as_measurement(loss))((X[:3], Y[:3]), 3, lambda *_: None)
 
 
 def test_a_model_that_takes_one_example_only_is_explained(index_exactly: Callable) -> None:

@@ -17,6 +17,7 @@ from explorer_run import make_run
 from pyarrow import parquet
 
 import tda
+from tda.data import as_dataset
 from tda.errors import ConfigError, DataError, StoreError
 from tda.integrations.partner import partner
 from tda.integrations.sheet import ids_of, sheet
@@ -129,6 +130,14 @@ def test_ids_are_a_column_or_the_hashes_of_the_content():
 
 
 # ---- Hugging Face datasets
+
+
+def test_of_several_data_sets_one_is_asked_for():
+    import datasets
+
+    several = datasets.DatasetDict(train=datasets.Dataset.from_dict({"input": [[0.0]]}))
+    with pytest.raises(DataError, match=r"several data sets[^§]*data\['train'\]"):
+        as_dataset(several)
 
 
 def test_a_data_set_gets_columns_joined_by_id(file):

@@ -40,7 +40,7 @@ from tda.gradients.sharded.session import session_of
 from tda.gradients.tap import Consume, ModifiedError, SwitchedOffError
 from tda.layout import copied, is_sharded, is_spread
 from tda.malloc import give_back, keep_freed
-from tda.measurements import Link, Measurement
+from tda.measurements import Link, Measurement, Places, predict, require_classes
 
 __all__ = [
     "Audit",
@@ -122,6 +122,7 @@ class Gradients:
         self.audited: Audit | None = None
         self._lone = False  # whether the batch audited had one example, which mixes with none
         self._copied: frozenset[str] = frozenset()
+        self._outputs: torch.Size | None = None  # of one example
 
     @property
     def num_shares(self) -> int:
@@ -202,7 +203,7 @@ class Gradients:
         _lay_out(filters, torch.channels_last)  # activations follow the weights
         try:
             self.output(batch)
-        except (RuntimeError, ValueError, TypeError, IndexError):
+        except _FAULTS:
             # Such as a view of what no longer lies in one piece; the audit names other faults.
             _lay_out(filters, torch.contiguous_format)
 
@@ -211,6 +212,19 @@ class Gradients:
         if not is_spread(self.model):
             return consume
         return lambda name, factors: consume(name, [f.to(self.device) for f in factors])
+
+    def check(self, batch: Any, places: Places) -> None:
+        """Raises DataError naming an example whose target has no meaning, before a pass meets it:
+        on a GPU a class that there is not ends all work of the process there."""
+        measurement = self.measurement
+        measurement.check(batch, places)
+        if measurement.classes is None:
+            return
+        y = measurement.classes(batch)
+        if self._outputs is None:
+            with _explained(batch, 1):
+                self._outputs = self.apply(_shape, example_of(batch, 0, len(places)))
+        require_classes(y, places, self._outputs)
 
     def output(self, batch: Any) -> Tensor:
         """f ``[example]`` alone, by a forward pass without gradients."""
@@ -260,6 +274,13 @@ class Gradients:
         used = sum(p.numel() for n, p in self.parameters.items() if any(w[n].any() for w in wanted))
         covered = used / sum(p.numel() for p in self.parameters.values())
         self._check_independence(batch, num_examples, outputs)
+        if not used and not self.forward(batch).requires_grad:
+            raise GradientError(
+                "what is measured does not depend on any parameter that is attributed",
+                found="an output without a gradient",
+                wanted="one that backward() can be called on",
+                do="look for detach(), item(), numpy() or new tensors in model and measurement",
+            )
         reason = ""
         for path in self._passes.paths[:-1]:
             try:
@@ -295,7 +316,8 @@ class Gradients:
                 "the model mixes the examples of a batch: they have no gradients of their own",
                 found=f"an output that changes by {error:.1e} when the example is alone",
                 wanted="a model whose output for an example does not depend on its batch",
-                do="look for statistics, attention or losses taken over the batch axis",
+                do="look for statistics, attention or losses taken over the batch axis, and for "
+                "random numbers that are drawn in eval mode, too",
             )
 
     def _compare(self, path: str, batch: Any, num_examples: int, wanted: list[dict]) -> str:
@@ -323,6 +345,10 @@ class Gradients:
         for name in sorted(absent):
             check(name, None)
         return faults[0] if faults else ""
+
+
+def _shape(model: nn.Module, batch: Any) -> torch.Size:
+    return predict(model, batch).shape
 
 
 def _without_gradient(name: str) -> GradientError:
@@ -355,6 +381,9 @@ def _move(model: nn.Module, device: str | torch.device) -> None:
         ) from error
 
 
+_FAULTS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError)
+
+
 @contextmanager
 def _explained(batch: Any, num_examples: int | None = None) -> Iterator[None]:
     """Errors of the user's model or measurement say what they were given."""
@@ -362,15 +391,17 @@ def _explained(batch: Any, num_examples: int | None = None) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+    except _FAULTS as error:
         count = {None: "a batch", 1: "a batch of one example"}
         raise GradientError(
             "the model or the measurement fails on "
             + count.get(num_examples, f"a batch of {num_examples} examples"),
             found=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
             wanted="a batch as the data set gives it: " + _describe(batch),
-            do="check types (float64 arrays: .astype('float32')), shapes and the measurement; "
-            "batch norm without running statistics needs other examples and is refused",
+            do="check types (float64 arrays: .astype('float32'); a Hugging Face data set: "
+            ".with_format('torch')), shapes, names (`input` goes to the model as it is, all other "
+            "keys but the target by name) and the measurement; batch norm without running "
+            "statistics needs other examples and is refused",
         ) from error
 
 

@@ -55,7 +55,9 @@ from tda.measurements.outputs import (
 from tda.measurements.targets import (
     Places,
     any_target,
+    predicted_tokens,
     probabilities,
+    require_classes,
     target,
     unmoved,
     with_target,
@@ -65,6 +67,7 @@ __all__ = [
     "MEASUREMENTS",
     "Link",
     "Measurement",
+    "Places",
     "as_measurement",
     "has_link",
     "identity",
@@ -72,6 +75,7 @@ __all__ = [
     "log_odds",
     "next_token_loss",
     "predict",
+    "require_classes",
     "target",
     "with_target",
 ]
@@ -90,6 +94,8 @@ class Measurement:
     These three are None where the likelihood is not known.
     check: ``(batch, places)`` raises DataError for targets without a meaning; places: of the
     examples in their data set, to name them by.
+    classes: ``batch -> y [example, …]``, each a place on the last axis of the outputs of `predict`
+    (see `require_classes`); None where targets are no classes.
     digest: changes when the code of ``output`` or ``link`` does, or what they were made with: what
     a partial, a closure, a default or a callable object held when the measurement was made.
     """
@@ -102,6 +108,7 @@ class Measurement:
     draw_weight: Callable[[Batch], Tensor] | None = None
     hessian: Callable[[Tensor, Batch, Tensor], Tensor] | None = None
     check: Callable[[Batch, Places], None] = any_target
+    classes: Callable[[Batch], Tensor] | None = None
     digest: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -114,8 +121,12 @@ class Measurement:
         return is_scalar({"name": self.name, "digest": self.digest})
 
 
+_LOSSES = ("torch.nn.functional", "torch.nn.modules.loss")
 _KNOWN = (
-    Measurement("cross_entropy", log_odds, logistic, True, draw_class, None, softmax_hessian),
+    Measurement(
+        "cross_entropy", log_odds, logistic, True,
+        draw_class, None, softmax_hessian, classes=target,
+    ),
     Measurement(
         "binary_cross_entropy", binary_log_odds, binary, True,
         draw_binary, None, sigmoid_hessian, probabilities,
@@ -130,7 +141,7 @@ _KNOWN = (
     ),
     Measurement(
         "causal_lm", next_token_loss, identity, False,
-        draw_tokens, num_tokens, tokens_hessian, unmoved,
+        draw_tokens, num_tokens, tokens_hessian, unmoved, predicted_tokens,
     ),
 )  # fmt: skip
 MEASUREMENTS: dict[str, Measurement] = {m.name: m for m in _KNOWN}
@@ -159,6 +170,14 @@ def as_measurement(given: Any) -> Measurement:
         return given
     if callable(given):
         name = getattr(given, "__name__", type(given).__name__)
+        if given.__module__ in _LOSSES:  # which take (output, target)
+            raise TaskError(
+                "a loss of torch is no measurement",
+                found=name,
+                wanted="a name, such as 'cross_entropy', or a callable (model, batch) -> "
+                "loss [example]",
+                do='lambda model, batch: loss(model(batch[0]), batch[1]), with reduction="none"',
+            )
         return Measurement(name, given, identity, has_margin=False)
     if given in MEASUREMENTS:
         return MEASUREMENTS[given]

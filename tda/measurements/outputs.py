@@ -23,6 +23,7 @@ def predict(model: nn.Module, batch: Batch) -> Tensor:
     """The model's output on a batch: ``model(input)``, or Hugging Face's ``model(**batch).logits``.
 
     The last entry of a tuple is the target; in a dict it is ``target``, ``labels`` or ``label``.
+    Raises TaskError where the output is no tensor.
     """
     if isinstance(batch, tuple):
         result = model(*(batch[:-1] if len(batch) > 1 else batch))
@@ -32,7 +33,16 @@ def predict(model: nn.Module, batch: Batch) -> Tensor:
     else:
         tensors = {k: v for k, v in batch.items() if isinstance(v, Tensor)}
         result = model(**{k: v for k, v in tensors.items() if k not in _TARGETS})
-    return getattr(result, "logits", result)
+    outputs = getattr(result, "logits", result)
+    if not isinstance(outputs, Tensor):
+        raise TaskError(
+            "the model's output is no tensor",
+            found=type(outputs).__name__,
+            wanted="a tensor, or an object that has one as `logits`",
+            do="give a module that returns the one tensor of what the model returns, or a "
+            "measurement of your own: a callable (model, batch) -> loss [example]",
+        )
+    return outputs
 
 
 class Link(NamedTuple):

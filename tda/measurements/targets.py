@@ -56,6 +56,12 @@ def next_tokens(batch: Batch) -> Tensor:
     return target(batch)
 
 
+def predicted_tokens(batch: Batch) -> Tensor:
+    """`next_tokens`, with 0 where there is none."""
+    labels = next_tokens(batch)
+    return labels.masked_fill(labels == -100, 0)
+
+
 def any_target(batch: Batch, places: Places) -> None:
     """Every target has a meaning."""
 
@@ -90,4 +96,20 @@ def unmoved(batch: Batch, places: Places) -> None:
             found="target[i] = input[i+1]",
             wanted="target[i] = input[i], or −100 where left out: causal_lm moves them itself",
             do="give the tokens as their own target, (tokens, tokens), or a batch without labels",
+        )
+
+
+def require_classes(y: Tensor, places: Places, outputs: Sequence[int]) -> None:
+    """Raises DataError for y ``[example, …]`` of which one is no class of ``outputs``, the shape
+    ``[example, …, class]``. Where types or shapes do not fit, the measurement says so itself."""
+    if y.is_floating_point() or len(outputs) != y.ndim + 1:
+        return
+    wrong = ((y < 0) | (y >= outputs[-1])).nonzero().tolist()
+    if wrong:
+        raise DataError(
+            "a target is no class that the model has",
+            where=f"example {places[wrong[0][0]]}",
+            found=y[tuple(wrong[0])].item(),
+            wanted=f"0 … {outputs[-1] - 1}: the model has {outputs[-1]} outputs",
+            do="number the classes from 0 as in training, and leave out examples without one",
         )

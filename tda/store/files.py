@@ -63,7 +63,7 @@ def as_place(given: str | Place) -> Place:
     """
     if isinstance(given, Remote):
         return given
-    if not isinstance(given, str | os.PathLike):
+    if not isinstance(given, str | os.PathLike) or given == "":
         raise ConfigError(
             "this names no place",
             found=repr(given),

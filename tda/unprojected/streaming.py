@@ -180,7 +180,7 @@ class _Method:
             name: torch.zeros(m, *shape, device=gradients.device)
             for name, shape in shapes_of(self.task.model).items()
         }
-        for first, size, batch in self.batches(self.queries):
+        for first, size, batch in self.batches(gradients, self.queries):
 
             def consume(name: str, factors: list[Factor], first: int = first) -> None:
                 grad = materialise(factors)
@@ -202,7 +202,7 @@ class _Method:
         normalize = self.recipe.normalize in ("train", "both")
         kernel = torch.empty(len(self.queries), n)
         slope, norms = torch.empty(n), torch.empty(n, dtype=torch.float64)
-        for first, size, batch in self.batches(self.train):
+        for first, size, batch in self.batches(gradients, self.train):
             part = torch.zeros(len(kernel), size, device=device)
             square = torch.zeros(size, dtype=torch.float64, device=device)
 
@@ -223,12 +223,12 @@ class _Method:
             tick(size)
         return kernel, slope, norms
 
-    def batches(self, data: Dataset) -> Any:
+    def batches(self, gradients: Gradients, data: Dataset) -> Any:
         """(first example, number of examples, batch)."""
         count = len(data)
         for first, batch in batches(data, 0, count, self.batch_size, self.task.collate):
             size = min(self.batch_size, count - first)
-            self.task.measurement.check(batch, range(first, first + size))
+            gradients.check(batch, range(first, first + size))
             yield first, size, batch
 
 
