@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -467,3 +469,23 @@ def test_it_is_said_how_gradients_are_taken(
     assert (quiet.levelname, loud.levelname) == ("INFO", "WARNING")
     assert "one backward; 100% of parameters" in quiet.getMessage()
     assert "exact vmap (lstm" in loud.getMessage()
+
+
+def test_parameters_that_others_are_computed_from_load_no_compiler():
+    """torch.func.vjp imports torch's when called: a second and 70 MB."""
+    code = """
+import sys, torch, tda
+from tda.gradients import Gradients
+from tda.measurements import as_measurement
+
+class Scaled(torch.nn.Linear):
+    def forward(self, x):
+        return torch.nn.functional.prelu(x @ (self.weight / self.weight.norm()).T, self.bias[:1])
+
+batch = torch.randn(4, 3), torch.arange(4) % 2
+found = Gradients(Scaled(3, 2), as_measurement("cross_entropy"))
+found(batch, 4, lambda name, factors: None)
+print(found.audited.path, "torch._dynamo" in sys.modules)
+"""
+    made = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert made.stdout.split() == ["tap", "False"]

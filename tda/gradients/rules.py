@@ -250,11 +250,26 @@ def opaque(call: Call, grad: Tensor) -> Iterator[tuple[Any, Factor]]:
             args, kwargs = tree_unflatten([*flat[:place], value, *flat[place + 1 :]], spec)
             return call.function(*args, **kwargs)
 
-        vjp = torch.func.vjp(function, parameter)[1]
+        pull = vjp(function, parameter)
         per_example = torch.func.vmap(
-            lambda mask, vjp=vjp: vjp(grad * mask.reshape(shape))[0], chunk_size=chunk
+            lambda mask, pull=pull: pull(grad * mask.reshape(shape))[0], chunk_size=chunk
         )(eye)
         yield parameter, Dense(per_example.reshape(count, *matrix_shape(parameter)))
+
+
+def vjp(function: Callable[..., Tensor], *primals: Tensor) -> Callable[[Tensor], Any]:
+    """v ↦ vᵀJ of a function there, a tensor for each primal; can be mapped by vmap.
+
+    torch.func's own imports torch's compiler when it is called: a second, and 70 MB.
+    """
+    values = [primal.detach().requires_grad_() for primal in primals]
+    with torch.enable_grad():
+        result = function(*values)
+    if not result.requires_grad:  # such as what is detached
+        return lambda grad: tuple(map(torch.zeros_like, primals))
+    return lambda grad: torch.autograd.grad(
+        result, values, grad, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
 
 
 def matrix_shape(parameter: Tensor) -> tuple[int, int]:

@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from tda.gradients.factors import Dense, Factor, Outer, materialise
-from tda.gradients.rules import RULES, Call, InseparableError, matrix_shape, opaque
+from tda.gradients.rules import RULES, Call, InseparableError, matrix_shape, opaque, vjp
 from tda.products import attention
 
 Consume = Callable[[str, list[Factor]], None]
@@ -275,8 +275,7 @@ def _pull_back(
         yield derived.names[0], Outer(factor.right, factor.left)
     else:
         grads = materialise([factor]).reshape(-1, *tensor.shape).to(tensor.dtype)
-        vjp = torch.func.vjp(derived.compute, *sources)[1]
-        pulled = torch.func.vmap(vjp)(grads)
+        pulled = torch.func.vmap(vjp(derived.compute, *sources))(grads)
         for name, source, grad in zip(derived.names, sources, pulled, strict=True):
             yield name, Dense(grad.reshape(len(grad), *matrix_shape(source)))
 
