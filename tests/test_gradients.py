@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from models import Net, free
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 import tda
@@ -489,3 +490,22 @@ print(found.audited.path, "torch._dynamo" in sys.modules)
 """
     made = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert made.stdout.split() == ["tap", "False"]
+
+
+def test_what_a_layer_was_given_is_free_once_it_was_used():
+    """But for the last hidden layer, which is kept."""
+    model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3))
+    found = Gradients(model, as_measurement("cross_entropy"))
+    given: dict[str, StorageWeakRef] = {}
+    free: list[bool] = []
+
+    def consume(name: str, factors: list[Any]) -> None:
+        if name == "2.weight":
+            given[name] = StorageWeakRef(factors[0].right.untyped_storage())
+        if name == "0.weight":
+            free.append(given["2.weight"].expired())
+
+    batch = torch.randn(6, 5), torch.arange(6) % 3
+    found(batch, 6, lambda name, factors: None)  # audited
+    found(batch, 6, consume)
+    assert free == [True]

@@ -208,10 +208,13 @@ class Tap(TorchFunctionMode):
             wants=lambda v: isinstance(v, Tensor) and id(v) in self._derived,
         )  # fmt: skip
 
+        kept = [(call, versions)]
+
         def hook(grads: tuple[Tensor | None, ...]) -> None:
             grad = grads[place]
             if grad is None:
                 return
+            call, versions = kept.pop()  # activations are free once used, as autograd's own are
             if any(_is_freed(self.parameters[name]) for name in names):
                 raise InseparableError(f"{names[0]} is used where another module's weights lie")
             if any(tensor._version != version for tensor, version in versions):

@@ -39,6 +39,7 @@ def _each_tile(
             use(buffer[span], tile)
             if known is None:
                 square[span] += row_square_norm(tile.values)
+            del tile  # before the next is formed, which then lies where this one did
     return square if known is None else known
 
 

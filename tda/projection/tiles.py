@@ -95,8 +95,8 @@ def tiles(factors: list[Factor]) -> Iterator[Tile]:
                 yield Tile(row * width, block[:, place])
         return
     for start in range(0, num_rows, step):
-        block = sum_of_rows(factors, start, min(start + step, num_rows))
-        yield Tile(start * width, block.flatten(1))
+        stop = min(start + step, num_rows)
+        yield Tile(start * width, sum_of_rows(factors, start, stop).flatten(1))
 
 
 def total(parts: Iterable[Tensor]) -> Tensor:
