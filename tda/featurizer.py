@@ -16,6 +16,7 @@ from tda.batch_size import PROBES, BatchSize, automatic
 from tda.curvature import kfac
 from tda.data import Batch, Dataset, collate, evenly, read
 from tda.gradients import Audit, Consume, Convolved, Dense, Factor, Gradients, shapes_of
+from tda.malloc import give_back
 from tda.progress import progress_bar
 from tda.projection import Bases, Counts, Pilot, Projection, Projector, Shapes, rank_one
 from tda.projection.tiles import square_norm
@@ -201,6 +202,7 @@ class Featurizer:
 
         count = self.gradients.num_audited
         ((_, hidden),) = self._sample(dataset, count, count, consume)
+        give_back()  # what these examples left would lie between the tensors of larger batches
         self._probe = Probe(None if hidden is None else hidden.shape[1], names, filters)
         return self._probe
 
