@@ -94,7 +94,7 @@ class IndexSection(_Section):
     ``gauss_newton`` adds the table that recipe influence_gn needs (see ``Run.add_curvature``).
     """
 
-    dtype: Literal["bfloat16", "float32", "int8", "int4"] = "bfloat16"
+    dtype: Literal["bfloat16", "float32", "int8", "int4", "ternary"] = "bfloat16"
     batch_size: PositiveInt | None = None
     chunk_rows: PositiveInt | None = None
     gauss_newton: bool | None = None

@@ -33,8 +33,8 @@ from tda.training.schedule import by_training
 
 _CHUNK_BYTES = 8 * 2**20  # of rows: larger buffers page-fault on every read
 _MAX_CHUNK_ROWS = 4096
-# Of a number in a product; of int4, which are unpacked, more than on the disk.
-_ITEM_BYTES = {"bfloat16": 2, "float32": 4, "int8": 1, "int4": 2}
+# Of a number in a product; of int4 and ternary, which are unpacked, more than on the disk.
+_ITEM_BYTES = {"bfloat16": 2, "float32": 4, "int8": 1, "int4": 2, "ternary": 2}
 _OF_CHECKPOINTS = ("checkpoints", "bases")  # lists in a manifest
 _VERSIONS = ("torch", "numpy", "zarr")
 
@@ -57,8 +57,8 @@ def index(
     """Featurize a training set at every checkpoint of a task into the store at ``path``.
 
     dataset: map-style, or arrays (see `tda.data`); read from a second thread. projection: a kind
-    (``proj_dim`` and ``seed`` go with it) or a `Projection`. dtype: of the stored rows, 32, 16, 8
-    or 4½ bits a number (`tda.store.encoding`). batch_size: examples computed at once
+    (``proj_dim`` and ``seed`` go with it) or a `Projection`. dtype: of the stored rows, 32, 16, 8,
+    4½ or 1.8 bits a number (`tda.store.encoding`). batch_size: examples computed at once
     (`tda.batch_size`). chunk_rows: rows written at once, by default 8 MiB. gauss_newton: also
     `Run.add_curvature`, for recipe "influence_gn". workers: so many processes, the address of a
     Dask scheduler, or a `Cluster`; the store is the same.

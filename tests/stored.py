@@ -16,7 +16,7 @@ from tda.store import Store, Table
 from tda.store.arrays import COLUMNS
 
 N, K, H, CHUNK = 10, 6, 5, 4
-DTYPES = ("bfloat16", "float32", "int8", "int4")
+DTYPES = ("bfloat16", "float32", "int8", "int4", "ternary")
 MANIFEST: dict[str, Any] = {
     "format": 1,
     "model": {"name": "net", "digest": "m"},

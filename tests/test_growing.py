@@ -131,7 +131,7 @@ def test_a_run_that_has_grown_elsewhere_asks_to_be_opened_anew(tmp_path):
 # ---- compact
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "int8", "int4"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "int8", "int4", "ternary"])
 def test_a_compacted_run_is_one_that_never_held_them(dtype, tmp_path, computed):
     run = index(tmp_path / "run", data(), dtype)
     gone = {"e0", "e5", "e6", "e7", "e22"}

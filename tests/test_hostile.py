@@ -85,7 +85,7 @@ def test_a_projection_of_another_models_parameters_is_refused(tmp_path, field, v
         assert repr(next(iter(value))) in str(caught.value.where)
 
 
-@pytest.mark.parametrize("other", ["float32", "int8", "int4"])
+@pytest.mark.parametrize("other", ["float32", "int8", "int4", "ternary"])
 def test_rows_of_another_type_than_the_manifest_says_are_refused(tmp_path, other):
     """Who seals the manifest anew does not have the files read as what they are not."""
     data = torch.randn(6, 4), torch.arange(6) % 2

@@ -89,7 +89,7 @@ def as_stored(store: Store, memory: MemoryStore) -> MemoryStore:
     return dataclasses.replace(memory, tables=tables)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4", "ternary"])
 def test_a_store_on_disk_is_scored_as_its_rows_say(dtype, tmp_path):
     memory = make_store(tmp_path, num_train=50)
     store = on_disk(memory, tmp_path / "run", dtype)

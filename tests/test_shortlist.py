@@ -67,7 +67,7 @@ def _small(monkeypatch):
 
 
 @pytest.mark.parametrize("num_checkpoints", [1, 3])
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int4", "ternary"])
 @pytest.mark.parametrize("name", ["grad_dot", "grad_cos", "influence", "trak"])
 def test_the_answer_is_a_stable_sort_of_exact_scores(name, dtype, num_checkpoints, tmp_path):
     store = stored(tmp_path, dtype, num_checkpoints)
@@ -86,7 +86,7 @@ def test_few_queries_meet_int8_rows_as_they_are(count, name, num_checkpoints, tm
     assert_is_the_sort(top_k(prepared, K), exact(prepared))
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int4", "ternary"])
 def test_ranges_of_rows_have_a_shortlist_each(dtype, tmp_path, monkeypatch):
     """As workers have them, and the last is too short for one."""
     store = stored(tmp_path, dtype)

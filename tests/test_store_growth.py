@@ -244,7 +244,7 @@ def test_a_probability_may_be_undefined(tmp_path):
     assert table.missing()[0] == (0, 1)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "int4"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "int4", "ternary"])
 def test_a_finite_number_that_bfloat16_cannot_hold_is_refused(planned, dtype):
     table = planned[dtype]
     rows, columns, embedding = copy.deepcopy(values(0, 0, CHUNK))

@@ -44,7 +44,7 @@ def make_task(scale: float = 1.0, measurement: str = "cross_entropy") -> tda.Tas
     return tda.Task(model, checkpoints=[first, second], measurement=measurement)
 
 
-@pytest.fixture(scope="module", params=["bfloat16", "float32", "int8", "int4"])
+@pytest.fixture(scope="module", params=["bfloat16", "float32", "int8", "int4", "ternary"])
 def made(request, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("made") / "run"
     options = {"projection": "eigenbasis", "proj_dim": 16, "progress": False}
@@ -103,7 +103,7 @@ def test_a_table_that_is_gone_is_missed_and_computed_again(run, gone):
 
 def test_a_changed_byte_in_any_file_is_found_and_named(run):
     """Tables, bases, manifest, ground truth and decisions: no file is unread."""
-    dtype = ("bfloat16", "float32", "int8", "int4").index(run.store.manifest["dtype"])
+    dtype = ("bfloat16", "float32", "int8", "int4", "ternary").index(run.store.manifest["dtype"])
     for name in sorted(without_cache(run.path))[dtype::9]:  # the campaign has all of them
         place = run.path / name
         before = place.read_bytes()

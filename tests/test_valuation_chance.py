@@ -101,7 +101,7 @@ def test_no_distance_is_below_what_is_stored():
     np.testing.assert_allclose(distance(np.array([1, 1 - 1e-7, 0.5])), [RESOLUTION] * 2 + [1])
 
 
-@pytest.fixture(scope="module", params=["float32", "int4"])
+@pytest.fixture(scope="module", params=["float32", "int4", "ternary"])
 def moons(request, tmp_path_factory) -> tda.Run:
     """Two moons read by a small network, hardly with an error: it brings most to few directions."""
     x, y = make_moons(500, noise=0.1, random_state=0)

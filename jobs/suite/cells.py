@@ -67,6 +67,7 @@ SMOOTHED: tuple[
     ("influence_ekfac", None, 0, "bfloat16", 24, FOUND),
 )
 INT4_DIMS = (1_024, 3_584, WIDE_DIM, 57_344)  # the last two: 8 and 32 KB
+TERNARY_DIMS = (2_560, 8_960, 35_840, 143_360)  # in as many bytes
 FEW_DIMS, MANY_DIMS = (256, 512, 1_024, 2_048), (256, 1_024, 4_096, 8_192, 16_384)
 CURVES: tuple[
     tuple[str, str, Dtype, tuple[int, ...]], ...
@@ -76,6 +77,7 @@ CURVES: tuple[
     ("influence_ekfac", "eigenbasis", "bfloat16", MANY_DIMS),
     ("influence_ekfac", "eigenbasis", "int8", MANY_DIMS),
     ("influence_ekfac", "eigenbasis", "int4", INT4_DIMS),
+    ("influence_ekfac", "eigenbasis", "ternary", TERNARY_DIMS),
 )
 GRID = tuple(float(10.0**e) for e in np.arange(-4, 3.5, 0.5))
 

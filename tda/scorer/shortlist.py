@@ -1,7 +1,7 @@
 """Exact top k at the speed of short products, where the processor has them.
 
-Stored rows are int8 or bfloat16, as which int4 are read. Of a query q rounded to q' the products
-with a row x miss the score by what was rounded off, and by sums in float32:
+Stored rows are int8 or bfloat16, as which int4 and ternary are read. Of a query q rounded to q' the
+products with a row x miss the score by what was rounded off, and by sums in float32:
 
     |⟨q, x⟩ − fl⟨q', x⟩| ≤ ε ‖x‖ + 2⁻⁸ |fl⟨q', x⟩|,    ε = ‖q − q'‖ + k 2⁻²⁴ ‖q'‖      bfloat16
     |⟨q, x⟩ − ⟨q', x⟩|   ≤ 127 (‖q − q'‖₁ + k 2⁻²⁴ ‖q'‖₁)                              int8

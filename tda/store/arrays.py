@@ -15,14 +15,14 @@ from functools import cached_property
 import numpy as np
 
 from tda.store.bounds import array_fault
-from tda.store.encoding import DIGESTS, width
+from tda.store.encoding import BLOCKS, DIGESTS, width
 
 COLUMNS = ("loss", "p", "slope", "curvature", "grad_norm")  # one number an example and checkpoint
 OWN = {"id", *DIGESTS, *COLUMNS}  # of the store; all others are what rides along
 CHECKPOINT = "checkpoint"
 
 _FILL = {"uint16": 0x7FC0, "float32": np.nan, "int8": 0, "uint8": 0, "int64": 0}  # 0x7FC0: bf16 NaN
-_INT4_FILL = 0xFF  # a scale of 0xFFFF is a NaN
+_BLOCK_FILL = 0xFF  # a scale of 0xFFFF is a NaN
 _AXES = {
     "label": ("class",),
     **dict.fromkeys(DIGESTS, ("byte",)),
@@ -62,7 +62,7 @@ class ArraySpec:
 
     @property
     def fill(self) -> float:
-        return _INT4_FILL if self.encoding == "int4" else _FILL[self.dtype]
+        return _BLOCK_FILL if self.encoding in BLOCKS else _FILL[self.dtype]
 
     @property
     def document_key(self) -> str:
@@ -167,10 +167,10 @@ def layout(
     """
     n = len(static["id"][0])
     c, axes = num_checkpoints, (CHECKPOINT, axis)
-    stored = {"bfloat16": "uint16", "int4": "uint8"}.get(dtype, dtype)
+    stored = {"bfloat16": "uint16", **dict.fromkeys(BLOCKS, "uint8")}.get(dtype, dtype)
     encoding = "" if dtype == "float32" else dtype
     rows, last = (1, chunk_rows), width(dim, dtype)
-    along = (*axes, "byte" if dtype == "int4" else "proj")
+    along = (*axes, "byte" if dtype in BLOCKS else "proj")
     specs = [ArraySpec("rows", (c, n, last), (*rows, last), stored, along, encoding)]
     specs += [ArraySpec(name, (c, n), rows, "float32", axes) for name in COLUMNS]
     if dtype == "int8":

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from tda.store.encoding import DIGESTS, width
+from tda.store.encoding import BLOCKS, DIGESTS, width
 
 if TYPE_CHECKING:
     from tda.store.arrays import ArraySpec
@@ -26,7 +26,7 @@ _CRC = re.compile(r"[0-9a-f]{8}")
 _ENCODINGS = {
     ("uint16", "bfloat16"),
     ("int8", "int8"),
-    ("uint8", "int4"),
+    *(("uint8", dtype) for dtype in BLOCKS),
     ("uint8", "utf-8"),
     ("float32", ""),
     ("uint8", ""),
@@ -34,7 +34,7 @@ _ENCODINGS = {
 }
 
 _STRINGS = {"id", "source", "group", "text", "example"}
-_ROWS = {("uint16", "bfloat16"), ("float32", ""), ("int8", "int8"), ("uint8", "int4")}
+_ROWS = {("uint16", "bfloat16"), ("float32", ""), ("int8", "int8"), *(("uint8", b) for b in BLOCKS)}
 
 
 def is_key(key: object) -> bool:

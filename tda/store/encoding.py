@@ -4,7 +4,19 @@ float32    as it is
 bfloat16   the upper 16 bits of a float32, rounded to nearest even: |error| ≤ 2⁻⁸ |x|
 int8       x ≈ q·scale, scale = max|x| / 127 of the row: |error| ≤ max|x| / 254
 int4       x ≈ q·scale, |q| ≤ 7, scale ≥ max|x| / 7 of 32 neighbours: |error| ≤ max|x| / 13 of them
+ternary    x ≈ q·scale, |q| ≤ 1, of least ‖error‖² for 80 neighbours: 19 % of ‖x‖² if normal
 utf-8      strings as bytes, padded with NUL to the longest
+
+Where many coordinates of an eigenbasis matter alike, bytes are spent best on many numbers of few
+bits: a number left out loses all. EK-FAC's scores from 8 KB an example, by their correlation with
+unprojected ones and their share of the LDS of those (halves, removal; one ground truth each):
+
+                                            bfloat16            int4                ternary
+                                            4,096 numbers       14,336              35,840
+    shakespeare, 112,706 parameters         .88  76 %, 70 %     .96  89 %, 86 %     .99  96 %, 98 %
+    rotten_tomatoes, 4,385,922              .80  93 %, 90 %     .84  90 %, 90 %     .88  91 %, 94 %
+
+Where int4 has all coordinates it is the better: of digits_mlp's 6,570, .995 against .890.
 """
 
 from __future__ import annotations
@@ -18,18 +30,22 @@ from torch import Tensor
 
 from tda.errors import DataError, StoreError
 
-Dtype = Literal["bfloat16", "float32", "int8", "int4"]
+Dtype = Literal["bfloat16", "float32", "int8", "int4", "ternary"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 DIGESTS = ("digest", "input_digest")  # of an example, and of its input alone: 16 bytes each
-BLOCK = 32  # numbers of an int4 row that have one scale
+BLOCKS = {"int4": 32, "ternary": 80}  # neighbours that have one scale
+_BLOCK_BYTES = 16  # of their numbers
+_MOST = {"int4": 7, "ternary": 1}  # |q|
+_POWERS = 3 ** torch.arange(5, dtype=torch.uint8)
+_FIVES = (torch.arange(256)[:, None] // _POWERS % 3 - 1).to(torch.bfloat16)  # of ternary, by byte
 
 # Below this a row's scale would be denormal and its rounding no longer relative; such a row is 0.
 _SMALLEST = 127 * torch.finfo(torch.float32).tiny
 
 
 def width(dim: int, dtype: str) -> int:
-    """Stored numbers of a row of ``dim``: as many, or the bytes of int4."""
-    return -(-dim // BLOCK) * (2 + BLOCK // 2) if dtype == "int4" else dim
+    """Stored numbers of a row of ``dim``: as many, or the bytes of blocks."""
+    return -(-dim // BLOCKS[dtype]) * (2 + _BLOCK_BYTES) if dtype in BLOCKS else dim
 
 
 def row_bytes(dim: int, dtype: str) -> int:
@@ -47,62 +63,89 @@ def encode_rows(values: Tensor, dtype: str) -> tuple[np.ndarray, np.ndarray | No
         return values.numpy(), None
     if dtype == "bfloat16":
         return values.to(torch.bfloat16).view(torch.uint16).numpy(), None
-    if dtype == "int4":
-        return _pack(values).numpy(), None
+    if dtype in BLOCKS:
+        return _pack(values, dtype).numpy(), None
     largest = values.abs().amax(dim=1)
     scale = torch.where(largest < _SMALLEST, 0.0, largest / 127)
     divisor = torch.where(scale > 0, scale, torch.inf)[:, None]
     return (values / divisor).round().clamp(-127, 127).to(torch.int8).numpy(), scale.numpy()
 
 
-def decode_rows(stored: np.ndarray, scale: np.ndarray | None, out: Tensor) -> None:
+def decode_rows(stored: np.ndarray, dtype: str, scale: np.ndarray | None, out: Tensor) -> None:
     """Writes the float32 values of ``stored [r, k]`` into ``out [r, k]``."""
     values = torch.from_numpy(stored)
-    if stored.dtype == np.uint8:
-        values = unpacked(values, out.shape[1])
+    if dtype in BLOCKS:
+        values = unpacked(values, dtype, out.shape[1])
     out.copy_(values.view(torch.bfloat16) if stored.dtype == np.uint16 else values)
     if scale is not None:
         out.mul_(torch.from_numpy(scale)[:, None])
 
 
 def halves(stored: np.ndarray, dtype: str) -> Tensor:
-    """What of bfloat16 rows, or of the largest numbers of int4 blocks, is stored in bfloat16."""
-    if dtype == "int4":
-        return 7 * _scales(torch.from_numpy(stored))
+    """What of bfloat16 rows, or of the largest numbers of blocks, is stored in bfloat16."""
+    if dtype in BLOCKS:
+        return _MOST[dtype] * _scales(torch.from_numpy(stored))
     return torch.from_numpy(stored).view(torch.bfloat16)
 
 
-def _pack(values: Tensor) -> Tensor:
-    """int4 rows ``[r, width]`` uint8: the scales of all blocks, then two numbers a byte.
+def _pack(values: Tensor, dtype: str) -> Tensor:
+    """Rows of blocks ``[r, width]`` uint8: the scales of all, bfloat16, then the bytes of all.
 
-    Scales are bfloat16 with 5 significant bits, so that q·scale is one exactly. A byte holds a
-    number of the row's first half in its lower bits and that of the second in its upper ones, as
-    two's complement.
+    int4: a byte holds a number of the row's first half in its lower bits and that of the second in
+    its upper ones, as two's complement. ternary: five neighbours, Σ_i 3^i (q_i + 1).
     """
-    blocks = F.pad(values, (0, -values.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
-    significand, exponent = torch.frexp(blocks.abs().amax(2) / 7)
-    scale = torch.ldexp((significand * 32).ceil() / 32, exponent)
-    scale = torch.where(scale < _SMALLEST, 0.0, scale)
+    size, most = BLOCKS[dtype], _MOST[dtype]
+    blocks = F.pad(values, (0, -values.shape[1] % size)).unflatten(1, (-1, size))
+    scale = (_least_step if dtype == "int4" else _nearest_step)(blocks)
+    scale = torch.where(scale < _SMALLEST, 0.0, scale).to(torch.bfloat16)
     divisor = torch.where(scale > 0, scale, torch.inf)[:, :, None]
-    codes = (blocks / divisor).round().clamp(-7, 7).to(torch.int8).flatten(1)
-    low, high = codes.chunk(2, dim=1)
-    scales = scale.to(torch.bfloat16).view(torch.uint8)
-    return torch.cat([scales, (low & 15 | high << 4).view(torch.uint8)], dim=1)
+    codes = (blocks / divisor).round().clamp(-most, most).to(torch.int8).flatten(1)
+    if dtype == "int4":
+        low, high = codes.chunk(2, dim=1)
+        packed = (low & 15 | high << 4).view(torch.uint8)
+    else:
+        packed = (codes + 1).view(torch.uint8).unflatten(1, (-1, 5)) * _POWERS
+        packed = packed.sum(2, dtype=torch.uint8)
+    return torch.cat([scale.view(torch.uint8), packed], dim=1)
+
+
+def _least_step(blocks: Tensor) -> Tensor:
+    """max|x| / 7 of every block, rounded up to 5 significant bits: then q·scale is a bfloat16."""
+    significand, exponent = torch.frexp(blocks.abs().amax(2) / 7)
+    return torch.ldexp((significand * 32).ceil() / 32, exponent)
+
+
+def _nearest_step(blocks: Tensor) -> Tensor:
+    """The s of min_{s, q} ‖x − s·q‖², |q| ≤ 1, of every block ``[r, block, 80]``.
+
+    With m numbers q ≠ 0 they are the largest, s is the mean of their |x|, and ‖x‖² − m s² is left.
+    """
+    size = blocks.abs().float()
+    largest = size.amax(2, keepdim=True)
+    parts = size / torch.where(largest > 0, largest, 1.0)
+    sums = torch.from_numpy(np.sort(parts.numpy(), axis=2)).flip(2).cumsum(2)
+    count = torch.arange(1, sums.shape[2] + 1)
+    m = (sums.square() / count).argmax(2, keepdim=True)
+    return (largest * (sums.gather(2, m) / (m + 1)))[:, :, 0]
 
 
 def _scales(stored: Tensor) -> Tensor:
-    """Of int4 rows, ``[r, block]`` bfloat16."""
-    num_blocks = stored.shape[1] // (2 + BLOCK // 2)
+    """Of the blocks of rows, ``[r, block]`` bfloat16."""
+    num_blocks = stored.shape[1] // (2 + _BLOCK_BYTES)
     return stored[:, : 2 * num_blocks].contiguous().view(torch.bfloat16)
 
 
-def unpacked(stored: Tensor, dim: int) -> Tensor:
-    """bfloat16 ``[r, dim]`` of int4 rows, without rounding."""
+def unpacked(stored: Tensor, dtype: str, dim: int) -> Tensor:
+    """bfloat16 ``[r, dim]`` of rows of blocks, without rounding."""
     scale = _scales(stored)
-    pairs = stored[:, 2 * scale.shape[1] :].view(torch.int8)
-    codes = torch.cat([pairs << 4, pairs & -16], dim=1)  # 16 times the numbers
-    blocks = codes.to(torch.bfloat16).unflatten(1, (-1, BLOCK)).mul_(scale[:, :, None] / 16)
-    return blocks.flatten(1)[:, :dim]
+    packed = stored[:, 2 * scale.shape[1] :]
+    if dtype == "int4":
+        pairs = packed.view(torch.int8)
+        codes = torch.cat([pairs << 4, pairs & -16], dim=1).to(torch.bfloat16)
+        scale = scale / 16
+    else:
+        codes = F.embedding(packed.int(), _FIVES).flatten(1)
+    return codes.unflatten(1, (-1, BLOCKS[dtype])).mul_(scale[:, :, None]).flatten(1)[:, :dim]
 
 
 def encode_strings(values: np.ndarray, name: str) -> np.ndarray:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tda.errors import GradientError, StoreError
 from tda.store.arrays import COLUMNS
-from tda.store.encoding import encode_rows, halves
+from tda.store.encoding import BLOCKS, encode_rows, halves
 
 if TYPE_CHECKING:
     from tda.store.table import Table
@@ -40,7 +40,7 @@ def encode_chunk(table: Table, chunk: int, given: Mapping[str, Any]) -> dict[str
         parts[name], scale = encode_rows(_checked(table, name, values, chunk), dtype)
         if scale is not None:
             parts["scale"] = scale
-        if dtype in ("bfloat16", "int4"):
+        if dtype in ("bfloat16", *BLOCKS):
             stored = halves(parts[name], dtype)
             if not _is_finite(stored):
                 _refuse(table, stored.isnan(), start, name, "is not finite")

@@ -49,7 +49,8 @@ class Reading:
         scale = None
         if spec.encoding == "int8":
             scale = self.picked(self._table.specs["scale"], (checkpoint, chunk), pick)
-        decode_rows(self.picked(spec, (checkpoint, chunk), pick), scale, out)
+        stored = self.picked(spec, (checkpoint, chunk), pick)
+        decode_rows(stored, spec.encoding, scale, out)
 
     def chunk(self, spec: ArraySpec, *grid: int) -> np.ndarray:
         """The stored chunk ``[chunk_rows, …]`` as a view of its file, checked."""

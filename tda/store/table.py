@@ -14,7 +14,7 @@ from torch import Tensor
 from tda.errors import StoreError
 from tda.store.bounds import DOCUMENT_BYTES
 from tda.store.chunks import Chunks
-from tda.store.encoding import decode_strings, unpacked
+from tda.store.encoding import BLOCKS, decode_strings, unpacked
 from tda.store.files import (
     Place,
     Remote,
@@ -94,7 +94,7 @@ class Table:
 
     @property
     def dtype(self) -> str:
-        """bfloat16, float32, int8 or int4: how the rows are stored."""
+        """bfloat16, float32, int8, int4 or ternary: how the rows are stored."""
         return self.specs["rows"].encoding or "float32"
 
     @property
@@ -261,7 +261,7 @@ class Table:
         ``[stop - start]`` of int8), which multiply to ``rows(…)``. Raises StoreError.
 
         Views of the file where they lie in one chunk: decoded a few at a time, they stay in caches.
-        Those of int4 are unpacked to bfloat16.
+        Those of int4 and ternary are unpacked to bfloat16.
         """
         specs = [self.specs["rows"], *([self.specs["scale"]] if "scale" in self.specs else [])]
         parts = []
@@ -272,8 +272,8 @@ class Table:
                 found.append(torch.from_numpy(whole)[first - low : last - low])
             parts.append(found[0] if len(found) == 1 else torch.cat(found))
         rows = parts[0]
-        if self.dtype == "int4":
-            rows = unpacked(rows, self.dim)
+        if self.dtype in BLOCKS:
+            rows = unpacked(rows, self.dtype, self.dim)
         elif self.dtype == "bfloat16":
             rows = rows.view(torch.bfloat16)
         return rows, parts[1] if len(parts) > 1 else None
