@@ -194,14 +194,16 @@ def test_what_makes_no_sense_is_refused(options, words):
         tda.smoothed(**given)
 
 
-LEVELS = [float(f"{10 ** (k / 10):.2g}") for k in range(-20, 7)]
+LEVELS = [0.2, 0.25, 0.32, 0.4, 0.5]
 
 
 def largest(kept: list[float], cosine: float) -> float:
-    return [level for level, mean in zip(LEVELS, kept, strict=True) if mean >= cosine][-1]
+    """Of the levels, 0.2 at least."""
+    bear = [level for level, mean in zip(LEVELS, kept, strict=True) if mean >= cosine]
+    return max([0.2, *bear])
 
 
-@pytest.mark.parametrize("cosine", [0.62, 0.82, 0.93])
+@pytest.mark.parametrize("cosine", [0.8, 0.93, 0.97, 0.999])
 @pytest.mark.parametrize("measurement", [half_square, "squared_error"])
 def test_as_much_noise_is_found_as_gradients_keep_their_direction_in(measurement, cosine):
     """Of a linear model ∇ℓ = r·x: a cosine is 1, or −1 where r changes its sign, and all together
@@ -220,7 +222,7 @@ def test_as_much_noise_is_found_as_gradients_keep_their_direction_in(measurement
         return min(float(apart), sum(together) / 2)
 
     kept = [least(level) for level in LEVELS]
-    assert kept == sorted(kept, reverse=True) and kept[0] > 0.999 and kept[-1] < 0.6
+    assert kept == sorted(kept, reverse=True) and kept[0] > 0.99 and kept[-1] < 0.9
     task = tda.Task(model, checkpoints=weights, measurement=measurement)
     assert tda.find_noise(task, (x.float(), t.float()), cosine) == largest(kept, cosine)
 
@@ -237,7 +239,7 @@ def test_noise_is_found_around_the_weights_themselves():
     weights = model.state_dict()
     of_copies = tda.Task(model, checkpoints=tda.smoothed(weights, 2, 1.0), measurement=half_square)
     of_weights = tda.Task(model, checkpoints=weights, measurement=half_square)
-    found = [tda.find_noise(task, train, 0.8) for task in (of_copies, of_weights)]
+    found = [tda.find_noise(task, train) for task in (of_copies, of_weights)]
     assert found[0] == found[1] < LEVELS[-1]
     assert [c.noise for c in of_copies.checkpoints] == [1.0, -1.0]
 
@@ -256,7 +258,7 @@ def test_examples_without_a_gradient_have_no_say():
     model, (x, t), _ = regression()
     task = tda.Task(model, measurement=half_square)
     few = torch.cat([x, torch.zeros(30, FEATURES)]), torch.cat([t, torch.zeros(30)])
-    assert tda.find_noise(task, few, 0.8) == tda.find_noise(task, (x, t), 0.8) < LEVELS[-1]
+    assert tda.find_noise(task, few) == tda.find_noise(task, (x, t)) < LEVELS[-1]
     with pytest.raises(TaskError, match="no example has a gradient"):
         tda.find_noise(task, (few[0][20:], few[1][20:]))
 

@@ -54,9 +54,10 @@ and its bias. What is left between the two on shakespeare is damping: it asks fo
 A row marked *earlier* is of a recipe that has changed since.
 
 *copies*: `tda.smoothed`, scores averaged over copies of a trained model with noise on its weights:
-.2 of the median |weight|, or what `tda.find_noise` found on the queries (it sees no retraining; its
-one number, and the .2, were chosen on digits_mlp, penbased, fashion_mlp and diamonds). They are one
-model's, and take as many times the work. Other methods would gain by it too; the peers were run as
+.2 of the median |weight|, or what `tda.find_noise` found on the queries, from .2 to .5 (it sees no
+retraining; its one number, and the .2, were chosen on digits_mlp, penbased, fashion_mlp and
+diamonds, the ends on fashion_ddpm and fashion_cnn). They are one model's, and take as many times
+the work. Other methods would gain by it too; the peers were run as
 they are.
 
 *layers = learned*: with `run.learn_layer_weights`, whose two numbers were chosen on digits_mlp and
