@@ -202,7 +202,7 @@ def _send_failure(call: Callable[[], None], sender: Any) -> None:
         with dask.config.set(scheduler="synchronous"):  # the threads of a pool are not copied
             call()
     except BaseException as error:
-        sender.send(others.last_words(f"{type(error).__name__}: {error}"))
+        sender.send(f"{type(error).__name__}: {error}".splitlines()[0][:200])
         raise
 
 

@@ -34,13 +34,13 @@ by the same retrainings. LDS: linear datamodeling score, mean over queries, 95 %
 queries and subsets. *Halves*: random halves, averaged over seeds; *removal*: a few per cent left
 out of the very run that is attributed. The ceiling is the LDS of retraining itself.
 
-Seconds are from checkpoints to scores (indexing + answering) on one core of machines that did other
-work too: orders of magnitude, no benchmark (fashion_mlp and fashion_cnn on a busy Zen 4, the other
-rows of .2 noise on a Zen 2, rotten_tomatoes and the other rows of found noise on an Intel Xeon with
-AMX, the others on a Zen 5). Rows of two machines stand together where what both computed came out
-alike. A recipe finds in the store's cache what a row before it decomposed. Peak memory is that of
-the process. A row "not done in 3 minutes" ran into the limit of that call (`--limit`), and is tried
-again by one with a longer limit.
+Seconds are from checkpoints to scores (indexing + answering) on one core of machines that did
+other work too: orders of magnitude, no benchmark (fashion_mlp, fashion_cnn and all rows of 14,336
+numbers in int4 on a busy Zen 4, the other rows of .2 noise on a Zen 2, rotten_tomatoes and the
+other rows of found noise on an Intel Xeon with AMX, the others on a Zen 5). Rows of two machines
+stand together where what both computed came out alike. A recipe finds in the store's cache what a
+row before it decomposed. Peak memory is that of the process. A row "not done in 3 minutes" ran
+into the limit of that call (`--limit`), and is tried again by one with a longer limit.
 
 Damping is automatic unless a number stands there: the training schedule implies it, and EK-FAC
 takes a tenth of the mean eigenvalue (the heuristic of Grosse et al. 2023, which kronfluence has by
