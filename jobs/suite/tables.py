@@ -343,7 +343,7 @@ def plot(tasks: Mapping[str, Mapping[str, Any]], path: Path) -> None:
             axes.plot(*zip(*points, strict=True), marker="o", color=color, label=label)
         whole = [row for row in tasks[name]["rows"] if _is_whole(row)]
         for row in whole:
-            axes.axhline(_value(row, "half"), color="gray", ls="--", label=UNPROJECTED)
+            axes.axhline(_value(row, "half"), color="black", ls="--", label=UNPROJECTED)
         axes.set(title=name, xlabel="bytes an example", ylabel="LDS, halves")
         axes.set_xscale("log", base=2)
     handles = {
