@@ -73,8 +73,8 @@ def deep(
 
     Checksums say that a run is as it was written; this says that it was written of this model and
     these data, by software that computes the same. Rows agree if no number differs by more than
-    the rounding of the stored type, relative to the largest of its row, or in ternary
-    rows to their length. Raises DataError if the data set has fewer examples than the run.
+    the rounding of the stored type, relative to the largest of its row; ternary rows by the length
+    of the difference, relative to their own. Raises DataError if the data set has fewer examples.
     """
     data, table = as_dataset(dataset), run.store.stored("train")
     if len(data) < table.num_rows:

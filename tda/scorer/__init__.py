@@ -12,14 +12,13 @@ recipe. moments.py, signs.py and layer_weights.py ask more of what is prepared.
 
 from __future__ import annotations
 
-from tda.scorer.blocks import ScoreMatrix, block, chunk_shape, query_tiles, scores, stream
+from tda.scorer.blocks import ScoreMatrix, block, chunk_shape, scores, stream
 from tda.scorer.prepared import Prepared, damping_used, prepare, self_influence
-from tda.scorer.ranking import Ranking, TopK
+from tda.scorer.ranking import TopK
 from tda.scorer.top import plain_top_k, top_k
 
 __all__ = [
     "Prepared",
-    "Ranking",
     "ScoreMatrix",
     "TopK",
     "block",
@@ -27,7 +26,6 @@ __all__ = [
     "damping_used",
     "plain_top_k",
     "prepare",
-    "query_tiles",
     "scores",
     "self_influence",
     "stream",

@@ -70,9 +70,9 @@ def ranked(
 class Heaps:
     """The k smallest values of each of m rows that come in tiles of columns.
 
-    ``values[:, 0]`` is the kth so far. Tiles come in ascending columns. FAISS
-    orders equal ones by column, and an equal late-comer never replaces what is held: so of equal
-    values the smallest columns stay, in ascending order.
+    ``values[:, 0]`` is the kth so far. Tiles come in ascending columns. FAISS orders equal ones by
+    column, and an equal late-comer never replaces what is held: so of equal values the smallest
+    columns stay, in ascending order.
     """
 
     def __init__(self, num_rows: int, k: int) -> None:
