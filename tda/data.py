@@ -276,7 +276,33 @@ def evenly(size: int, count: int) -> np.ndarray:
 
 def to(batch: Any, device: str | torch.device) -> Any:
     """A batch with its tensors on a device."""
-    return tree_map(lambda v: v.to(device) if isinstance(v, torch.Tensor) else v, batch)
+    is_gpu = torch.device(device).type == "cuda"
+
+    def move(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        if is_gpu and value.device.type == "cpu":  # which need not be waited for
+            return value.pin_memory().to(device, non_blocking=True)
+        return value.to(device)
+
+    return tree_map(move, batch)
+
+
+def arriving(*tensors: torch.Tensor) -> Callable[[], list[torch.Tensor]]:
+    """Copies on the processor: what waits until they are there, and not for what a GPU is given
+    after this."""
+    copies = [t.detach().to("cpu", non_blocking=t.is_cuda) for t in tensors]
+    events = [
+        torch.cuda.current_stream(device).record_event()
+        for device in {t.device for t in tensors if t.is_cuda}
+    ]
+
+    def wait() -> list[torch.Tensor]:
+        for event in events:
+            event.synchronize()
+        return copies
+
+    return wait
 
 
 Collate = Callable[[list[Any]], Any]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tda.batch_size import PROBES, BatchSize, automatic
 from tda.curvature import kfac
-from tda.data import Batch, Dataset, collate, evenly, read
+from tda.data import Batch, Dataset, arriving, collate, evenly, read
 from tda.gradients import Audit, Consume, Convolved, Dense, Factor, Gradients, shapes_of
 from tda.malloc import give_back
 from tda.progress import progress_bar
@@ -131,7 +131,7 @@ class Projecting:
                 for name, shape in self.shapes.items():
                     if name not in visited:
                         consume(name, [Dense(square.new_zeros(()).expand(num_examples, *shape))])
-            return projector.rows(buffer).cpu(), square.cpu()
+            return projector.rows(buffer), square
 
         return consume, result
 
@@ -289,6 +289,10 @@ class Featurizer:
         In the metric "adam_update" examples of ``train`` have the row −Γ and, so that −∇ℓ of other
         rows and Γ's negative are formed alike, slope −1 (and curvature 1).
         """
+        return self.start(batch, num_examples, train)()
+
+    def start(self, batch: Any, num_examples: int, train: bool = False) -> Callable[[], Features]:
+        """The same, begun: what waits for them. A GPU may be given the next batch meanwhile."""
         assert self._projecting, "bind a projection first"
         assert self._checkpoint is not None, "load a checkpoint first"
         project = self._projecting[self._checkpoint]
@@ -299,22 +303,26 @@ class Featurizer:
             consume, result = project(num_examples, self.gradients.device, transform)
             output, hidden = self.gradients(batch, num_examples, consume)
             rows, square = result()
-        link = self.gradients.link(output, batch)
-        columns = {
-            "loss": link.loss,
-            "p": link.p,
-            "slope": link.slope,
-            "curvature": link.curvature,
-            "grad_norm": square.sqrt(),
-        }
-        if isinstance(transform, Update):
-            one = torch.ones(num_examples)
-            columns |= {"slope": -one, "curvature": one}
-        return Features(
-            rows,
-            {name: values.detach().float().cpu() for name, values in columns.items()},
-            torch.empty(num_examples, 0) if hidden is None else hidden.cpu(),
-        )
+        hidden = torch.empty(num_examples, 0) if hidden is None else hidden
+        arrived = arriving(output, hidden, rows, square)
+
+        def finish() -> Features:
+            output, hidden, rows, square = arrived()
+            link = self.gradients.link(output, batch)
+            columns = {
+                "loss": link.loss,
+                "p": link.p,
+                "slope": link.slope,
+                "curvature": link.curvature,
+                "grad_norm": square.sqrt(),
+            }
+            if isinstance(transform, Update):
+                one = torch.ones(num_examples)
+                columns |= {"slope": -one, "curvature": one}
+            columns = {name: values.detach().float() for name, values in columns.items()}
+            return Features(rows, columns, hidden)
+
+        return finish
 
     def _update(self, batch: Any) -> Update:
         """Γ is not linear in the gradient of the loss: ℓ'(f) must be known before the backward."""

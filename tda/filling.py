@@ -7,7 +7,7 @@ process killed at any moment loses the chunk it was at, no more.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from tda.examples import describe
 from tda.featurizer import Features, Featurizer
 from tda.gradients.rules import InseparableError
 from tda.progress import Tick
-from tda.reading import Rows, ahead, behind, reading
+from tda.reading import Rows, ahead, behind, one_behind, reading
 from tda.store import Table
 from tda.store.manifest import CURVATURE
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 Place = tuple[int, int]  # checkpoint, chunk
 Compute = Callable[[Any, Rows], Features]  # (batch, rows)
+Later = Callable[[], Features]
 Write = Callable[[], None]
 Filler = Callable[[Place, Tick], Write]  # computes a chunk
 Prepare = Callable[[Featurizer, Table, Dataset, BatchSize], Filler]
@@ -139,7 +140,7 @@ def fill(
 
     compute: ``(batch, rows) -> Features`` of these rows, if not plainly the featurizer.
     Batches are cut within a chunk, so its bytes do not depend on what was done before; the next
-    one is read while one is computed.
+    one is read while one is computed, and begun before a GPU is done with it.
     Raises GradientError naming the example whose loss or gradient is not finite.
     """
     checkpoint, chunk = place
@@ -150,10 +151,15 @@ def fill(
     size, collate_with = featurizer.batch_size(batch_size, dataset), featurizer.task.collate
     if batch_size == "auto":
         size *= featurizer.num_shares
-    for rows, batch in ahead(reading(dataset, start, stop, size, collate_with)):
-        if compute is None:
-            featurizer.gradients.check(batch, rows)
-        features = _features(featurizer, table, dataset, batch, rows, compute)
+
+    def begun() -> Iterator[tuple[Rows, Later]]:
+        for rows, batch in ahead(reading(dataset, start, stop, size, collate_with)):
+            if compute is None:
+                featurizer.gradients.check(batch, rows)
+            yield rows, _begin(featurizer, table, dataset, batch, rows, compute)
+
+    for rows, finish in one_behind(begun()):
+        features = finish()
         _check_finite(features, table, rows, checkpoint)
         features = features.with_embedding(table.hidden or 0)
         done = done or features.room(stop - start, rounded)
@@ -165,20 +171,21 @@ def fill(
     return table.put(checkpoint, chunk, done.rows, columns, embedding)
 
 
-def _features(
+def _begin(
     featurizer: Featurizer,
     table: Table,
     dataset: Dataset,
     batch: Batch | None,
     rows: Rows,
     compute: Compute | None,
-) -> Features:
-    """Of one batch; in halves where the device has no memory for it."""
+) -> Later:
+    """Features of one batch; in halves where the device has no memory for it."""
     if featurizer.room is None or len(rows) <= featurizer.room:
         try:
             if compute is None:
-                return featurizer(batch, len(rows), train=table.name == "train")
-            return compute(batch, rows)
+                return featurizer.start(batch, len(rows), train=table.name == "train")
+            features = compute(batch, rows)
+            return lambda: features
         except InseparableError as error:
             raise GradientError(
                 "a batch cannot be separated by example, though the first one could",
@@ -202,8 +209,8 @@ def _features(
     parts = []
     for some in np.split(rows, range(featurizer.room, len(rows), featurizer.room)):
         few = collate([read(dataset, int(row)) for row in some], featurizer.task.collate)
-        parts.append(_features(featurizer, table, dataset, few, some, compute))
-    return Features.concatenate(parts)
+        parts.append(_begin(featurizer, table, dataset, few, some, compute))
+    return lambda: Features.concatenate([part() for part in parts])
 
 
 def _check_finite(features: Features, table: Table, rows: Rows, checkpoint: int) -> None:

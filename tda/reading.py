@@ -32,6 +32,15 @@ def ahead(items: Iterable[T], count: int = 1) -> Iterator[T]:
             yield item
 
 
+def one_behind(items: Iterable[T]) -> Iterator[T]:
+    """The same items, each once the next has been made."""
+    before: list[T] = []
+    for item in items:
+        yield from before
+        before = [item]
+    yield from before
+
+
 @contextmanager
 def behind() -> Iterator[Callable[[Callable[[], None]], None]]:
     """Hands out what takes an action and does it in a thread, after the one before; the last is

@@ -71,7 +71,7 @@ class Outer:
         if self.is_rank_one:
             return (left[:, 0, 0, start:stop, None] * right[:, 0, 0, None]).float()
         if left.shape[2] == 1:
-            return torch.bmm(left[:, :, 0, start:stop].mT, right[:, :, 0]).float()
+            return _product(left[:, :, 0, start:stop].mT, right[:, :, 0])
         whole = torch.einsum("btgo,btgi->bgoi", left, right)
         return whole.flatten(1, 2)[:, start:stop].float()
 
@@ -120,6 +120,13 @@ class Outer:
             return (_norm(left) * _norm(right)).square()
         grams = torch.bmm(left, left.mT).float(), torch.bmm(right, right.mT).float()
         return (grams[0] * grams[1]).sum((1, 2))
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right`` of each example in float32; a GPU need not round it on the way."""
+    if left.is_cuda and left.dtype != torch.float32:
+        return torch.bmm(left, right, out_dtype=torch.float32)
+    return torch.bmm(left, right).float()
 
 
 def _norm(vector: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from tda.products import fast_products
 
 Function = Callable[..., Any]
 # (number of examples, device) -> what takes their factors, and what gives what became of these:
-# tensors [example, …] on the CPU. Pickles.
+# tensors [example, …]. Pickles.
 Reduction = Callable[[int, torch.device], tuple[Consume, Callable[[], tuple[Tensor, ...]]]]
 
 

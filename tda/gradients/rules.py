@@ -84,7 +84,8 @@ def linear(call: Call, grad: Tensor) -> Iterator[tuple[Any, Factor]]:
     x, weight, bias = call.bind("input", "weight", "bias")
     left = call.positions(grad)
     yield weight, _outer(left, call.positions(x))
-    yield bias, _vector(left)
+    if bias is not None:
+        yield bias, _vector(left)
 
 
 def addmm(call: Call, grad: Tensor) -> Iterator[tuple[Any, Factor]]:
@@ -125,7 +126,8 @@ def _affine(call: Call, grad: Tensor, normal: Tensor, weight: Any, bias: Any, ax
     """y = x̂·w + b with w, b over the last ``axes`` axes of x̂."""
     g, x = call.positions(grad, axes), call.positions(normal, axes)
     yield weight, Dense(_matrix((g.float() * x.float()).sum(1)))
-    yield bias, Dense(_matrix(g.sum(1, dtype=torch.float32)))
+    if bias is not None:
+        yield bias, Dense(_matrix(g.sum(1, dtype=torch.float32)))
 
 
 def _matrix(per_example: Tensor) -> Tensor:
@@ -187,7 +189,8 @@ def convolution(call: Call, grad: Tensor) -> Iterator[tuple[Any, Factor]]:
     window = Window(tuple(weight.shape[2:]), stride or 1, padding or 0, dilation or 1, groups)
     x = x.to(grad.dtype)  # as autocast had it, before it is copied many times
     yield weight, Convolved(left.unflatten(2, (groups, -1)), x, window)
-    yield bias, _vector(left)
+    if bias is not None:
+        yield bias, _vector(left)
 
 
 def product(call: Call, grad: Tensor) -> Iterator[tuple[Any, Factor]]:

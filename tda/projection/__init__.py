@@ -16,6 +16,7 @@ those of large layers with one position, which are outer products, are never for
 
     tiles.py      gradients in tiles; seeded randomness
     sketches.py   identity, rademacher, count sketch
+    kernels.py    the count sketch of a tile in one launch, on a GPU
     outer.py      the count sketch of an outer product
     kronecker.py  pilot, bases, per-parameter blocks
     eigenbasis.py the coordinates that matter most, of all parameters together

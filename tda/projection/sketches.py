@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 
 import torch
 import torch.nn.functional as F
@@ -25,20 +25,38 @@ from tda.projection.tiles import (
     total,
 )
 
+# (values, signs, shifts, inside, dim) -> sketch, ‖v‖²
+Launch = Callable[[Tensor, Tensor, Tensor, int, int], tuple[Tensor, Tensor]]
+
 _SPAN_FLOATS = 2**18  # numbers transformed at a time: 1 MiB
 
 
+@cache
+def _launch(device_type: str) -> Launch | None:
+    """What adds a tile's runs in one launch on such a device, where there is something."""
+    if device_type != "cuda":
+        return None
+    try:
+        from tda.projection.kernels import add_runs
+    except ImportError:
+        return None
+    return add_runs
+
+
 def _each_tile(
-    factors: list[Factor], buffer: Tensor, use: Callable[[Tensor, Tile], None]
+    factors: list[Factor], buffer: Tensor, use: Callable[[Tensor, Tile], Tensor | None]
 ) -> Tensor:
-    """Hand every tile of a gradient, and its examples' buffer, to ``use``; ‖G‖² ``[example]``."""
+    """Hand every tile of a gradient, and its examples' buffer, to ``use``; ‖G‖² ``[example]``.
+
+    ``use`` may return the tile's part of that, where it has seen every number.
+    """
     known = known_square_norm(factors)
     square = torch.zeros(len(buffer), device=buffer.device)
     for span, some in few_examples(factors):
         for tile in tiles(some):
-            use(buffer[span], tile)
+            seen = use(buffer[span], tile)
             if known is None:
-                square[span] += row_square_norm(tile.values)
+                square[span] += row_square_norm(tile.values) if seen is None else seen
             del tile  # before the next is formed, which then lies where this one did
     return square if known is None else known
 
@@ -173,13 +191,18 @@ class CountSketch:
         small = isinstance(first, Dense) and first.grad[0].numel() <= self.dim
         return not more and (small or rank_one(factors) is not None)
 
-    def add_tile(self, buffer: Tensor, tile: Tile, name: str) -> None:
+    def add_tile(self, buffer: Tensor, tile: Tile, name: str) -> Tensor | None:
         if name in self.outer:
             self.outer[name].add_tile(buffer, tile)
-            return
-        if buffer.device.type != "cpu":
+        elif buffer.device.type == "cpu":
+            self.add_runs(buffer, tile, name)
+        elif (launch := _launch(buffer.device.type)) is not None:
+            return self.add_launched(launch, buffer, tile, name)
+        else:
             self.add_rolled(buffer, tile, name)
-            return
+        return None
+
+    def add_runs(self, buffer: Tensor, tile: Tile, name: str) -> None:
         size = tile.values.shape[1]
         signs = self.signs[name][tile.start : tile.start + size].to(buffer)
         run, inside = divmod(tile.start, self.dim)
@@ -191,8 +214,17 @@ class CountSketch:
             buffer.narrow(1, shift + inside, len(sign)).addcmul_(values, sign)
             inside = 0
 
+    def add_launched(self, launch: Launch, buffer: Tensor, tile: Tile, name: str) -> Tensor:
+        """The same for all runs in one launch, which sees the tile's ‖v‖² too."""
+        signs, shifts = self._on(buffer.device, name)
+        run, inside = divmod(tile.start, self.dim)
+        own = signs[tile.start : tile.start + tile.values.shape[1]]
+        sketch, square = launch(tile.values, own, shifts[run:], inside, self.dim)
+        buffer[:, : self.dim] += sketch
+        return square
+
     def add_rolled(self, buffer: Tensor, tile: Tile, name: str) -> None:
-        """The same for all runs in a few operations: on a GPU each run would be a launch."""
+        """The same for all runs in a few operations, where that is not to be had."""
         signs, shifts = self._on(buffer.device, name)
         size = tile.values.shape[1]
         run, inside = divmod(tile.start, self.dim)
@@ -207,7 +239,7 @@ class CountSketch:
     def _on(self, device: torch.device, name: str) -> tuple[Tensor, Tensor]:
         """Signs and shifts where the gradients are, taken there once."""
         if (name, device) not in self._placed:
-            shifts = torch.tensor(self.shifts[name])
+            shifts = torch.tensor(self.shifts[name], dtype=torch.int32)
             self._placed[name, device] = self.signs[name].to(device), shifts.to(device)
         return self._placed[name, device]
 

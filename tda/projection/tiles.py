@@ -16,7 +16,8 @@ from tda.gradients.factors import gram_square_norm, sum_of_rows
 
 Shapes = Mapping[str, tuple[int, int]]  # each parameter as a matrix [O, I]
 _TILE_FLOATS = 2**21  # one tile of gradients: 8 MiB, which stays in a cache
-_GPU_TILE_FLOATS = 2**26  # there a tile costs launches, and no cache would hold it
+_GPU_TILE_FLOATS = 2**27  # there a tile costs launches, and no cache would hold it
+_GPU_ROWS = 64  # there products of rows that start elsewhere than at a multiple of these are slow
 _FEW = 8  # examples of a tile, at least: each costs the overhead of a tile again
 
 
@@ -86,6 +87,8 @@ def tiles(factors: list[Factor]) -> Iterator[Tile]:
     """One parameter's gradient in runs of neighbouring coordinates, formed one at a time."""
     num_rows, width = factors[0].shape
     step = max(1, _tile_floats(factors) // (factors[0].num_examples * width))
+    if step > _GPU_ROWS and factors[0].device.type != "cpu":
+        step -= step % _GPU_ROWS
     lookups = [f for f in factors if isinstance(f, Lookup)]
     if len(lookups) == len(factors):  # only the rows that were looked up are not zero
         used = torch.unique(torch.cat([f.index.flatten() for f in lookups]))

@@ -61,7 +61,8 @@ class Sharded(Passes):
             with self._session.apart():
                 output, hidden = Sharded.tap(self, few, count, copied, held)
             held.check()
-            part = output.cpu(), None if hidden is None else hidden.cpu(), result()
+            found = tuple(one.cpu() for one in result())
+            part = output.cpu(), None if hidden is None else hidden.cpu(), found
         except Exception as error:
             if not self._session.in_step:
                 raise
