@@ -4,9 +4,9 @@
     time       about five minutes
     needs      pip install transformers
     makes      two lines of JSON on standard output, and stores/smollm2-speed/ while it runs
-    expected   on an H200 at least 150,000 tokens/s with the store write included (158,000 found
-               with weights in bfloat16, 143,000 autocast), and .85 of a bare forward and backward
-               pass to the activations (.71 and .73 found)
+    expected   on an H200 at least 150,000 tokens/s with the store write included (155,000 to
+               158,000 found with weights in bfloat16, 143,000 autocast), and .85 of a bare forward
+               and backward pass to the activations (.70 to .73 found)
 
     python jobs/gpu_smollm2.py
     python jobs/gpu_smollm2.py --batch-size 64        # half the memory

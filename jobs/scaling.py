@@ -126,7 +126,7 @@ def _paper(found: Ratios, most: Cost) -> list[str]:
         "",
         f"Assumed: ${CORE_PRICE} a core and hour, ${GPU_PRICE:.2f} a GPU and hour. The rate of "
         "the cores is measured above; that of the GPUs is 150,000 tokens/s in texts of 512 tokens "
-        "(an H200 has done 158,000: jobs/gpu_smollm2.py), not a measurement of this page. "
+        "(an H200 has done 155,000: jobs/gpu_smollm2.py), not a measurement of this page. "
         "Where fewer could be fed than W, larger chunks are the answer: the cost is a piece's, not "
         "a row's. Not in it: reading the data, workers' heartbeats, starting them.",
     ]

@@ -67,13 +67,16 @@ class Outer:
 
     def rows(self, start: int, stop: int) -> Tensor:
         """G[start:stop] at each example, ``[example, stop-start, I]`` float32."""
+        return self.short_rows(start, stop).float()
+
+    def short_rows(self, start: int, stop: int) -> Tensor:
+        """The same in the type that both sides are multiplied in."""
         left, right = self.alike()
         if self.is_rank_one:
-            return (left[:, 0, 0, start:stop, None] * right[:, 0, 0, None]).float()
+            return left[:, 0, 0, start:stop, None] * right[:, 0, 0, None]
         if left.shape[2] == 1:
-            return _product(left[:, :, 0, start:stop].mT, right[:, :, 0])
-        whole = torch.einsum("btgo,btgi->bgoi", left, right)
-        return whole.flatten(1, 2)[:, start:stop].float()
+            return torch.bmm(left[:, :, 0, start:stop].mT, right[:, :, 0])
+        return torch.einsum("btgo,btgi->bgoi", left, right).flatten(1, 2)[:, start:stop]
 
     @property
     def _kind(self) -> torch.dtype:
@@ -120,13 +123,6 @@ class Outer:
             return (_norm(left) * _norm(right)).square()
         grams = torch.bmm(left, left.mT).float(), torch.bmm(right, right.mT).float()
         return (grams[0] * grams[1]).sum((1, 2))
-
-
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right`` of each example in float32; a GPU need not round it on the way."""
-    if left.is_cuda and left.dtype != torch.float32:
-        return torch.bmm(left, right, out_dtype=torch.float32)
-    return torch.bmm(left, right).float()
 
 
 def _norm(vector: Tensor) -> Tensor:
@@ -379,6 +375,13 @@ def sum_of_rows(factors: list[Factor], start: int, stop: int) -> Tensor:
         else:
             whole = whole + factor.rows(start, stop)
     return whole
+
+
+def short_sum_of_rows(factors: list[Factor], start: int, stop: int) -> Tensor:
+    """The same; of one outer product in the type that it is multiplied in."""
+    if len(factors) == 1 and isinstance(factors[0], Outer):
+        return factors[0].short_rows(start, stop)
+    return sum_of_rows(factors, start, stop)
 
 
 def materialise(factors: list[Factor]) -> Tensor:

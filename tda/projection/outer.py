@@ -63,7 +63,7 @@ class OuterSketch:
         first, second = left.places[row], right.places[column]
         inside = (first + second) % self.ring
         buckets = (first - first % self.ring) + (second - second % self.ring) + inside
-        runs.index_add_(1, buckets.to(runs.device), tile.values * signs.to(runs))
+        runs.index_add_(1, buckets.to(runs.device), tile.values.float() * signs.to(runs))
 
 
 class _Side(NamedTuple):

@@ -107,7 +107,7 @@ class Rademacher:
     def add(self, buffer: Tensor, name: str, factors: list[Factor]) -> Tensor:
         def use(buffer: Tensor, tile: Tile) -> None:
             signs = self.signs[name][tile.start : tile.start + tile.values.shape[1]]
-            buffer.addmm_(tile.values, signs.to(buffer))
+            buffer.addmm_(tile.values.float(), signs.to(buffer))
 
         return _each_tile(factors, buffer, use)
 
@@ -209,9 +209,10 @@ class CountSketch:
         head = min(self.dim - inside, size)
         whole, rest = divmod(size - head, self.dim)
         lengths = [head] + [self.dim] * whole + [rest] * (rest > 0)
-        parts = zip(tile.values.split(lengths, 1), signs.split(lengths), strict=True)
-        for shift, (values, sign) in zip(self.shifts[name][run:], parts, strict=False):
-            buffer.narrow(1, shift + inside, len(sign)).addcmul_(values, sign)
+        shifts = self.shifts[name][run : run + len(lengths)]
+        parts = tile.values.split(lengths, 1), signs.split(lengths)
+        for shift, length, values, sign in zip(shifts, lengths, *parts, strict=True):
+            buffer.narrow(1, shift + inside, length).addcmul_(values, sign)
             inside = 0
 
     def add_launched(self, launch: Launch, buffer: Tensor, tile: Tile, name: str) -> Tensor:
@@ -229,7 +230,7 @@ class CountSketch:
         size = tile.values.shape[1]
         run, inside = divmod(tile.start, self.dim)
         num_runs = -(-(inside + size) // self.dim)
-        signed = tile.values * signs[tile.start : tile.start + size]
+        signed = tile.values.float() * signs[tile.start : tile.start + size]
         filled = F.pad(signed, (inside, num_runs * self.dim - inside - size))
         places = torch.arange(self.dim, device=buffer.device)
         source = (places - shifts[run : run + num_runs, None]) % self.dim

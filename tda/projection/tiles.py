@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tda.gradients import Convolved, Factor, Lookup, Outer
-from tda.gradients.factors import gram_square_norm, sum_of_rows
+from tda.gradients.factors import gram_square_norm, short_sum_of_rows, sum_of_rows
 
 Shapes = Mapping[str, tuple[int, int]]  # each parameter as a matrix [O, I]
 _TILE_FLOATS = 2**21  # one tile of gradients: 8 MiB, which stays in a cache
@@ -56,7 +56,8 @@ def random_signs(count: int, seed: int, name: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Tile:
-    """``[example, coordinate]`` float32: coordinates start, start+1, … of one parameter."""
+    """``[example, coordinate]``: coordinates start, start+1, … of one parameter; float32, but on a
+    GPU bfloat16 where they are a product of such, which is read there as it is."""
 
     start: int
     values: Tensor
@@ -87,8 +88,10 @@ def tiles(factors: list[Factor]) -> Iterator[Tile]:
     """One parameter's gradient in runs of neighbouring coordinates, formed one at a time."""
     num_rows, width = factors[0].shape
     step = max(1, _tile_floats(factors) // (factors[0].num_examples * width))
-    if step > _GPU_ROWS and factors[0].device.type != "cpu":
-        step -= step % _GPU_ROWS
+    formed = sum_of_rows
+    if factors[0].device.type != "cpu":
+        formed = short_sum_of_rows
+        step -= step % _GPU_ROWS if step > _GPU_ROWS else 0
     lookups = [f for f in factors if isinstance(f, Lookup)]
     if len(lookups) == len(factors):  # only the rows that were looked up are not zero
         used = torch.unique(torch.cat([f.index.flatten() for f in lookups]))
@@ -99,7 +102,7 @@ def tiles(factors: list[Factor]) -> Iterator[Tile]:
         return
     for start in range(0, num_rows, step):
         stop = min(start + step, num_rows)
-        yield Tile(start * width, sum_of_rows(factors, start, stop).flatten(1))
+        yield Tile(start * width, formed(factors, start, stop).flatten(1))
 
 
 def total(parts: Iterable[Tensor]) -> Tensor:
@@ -141,5 +144,5 @@ def _short_sides(factors: list[Factor]) -> list[Outer | Lookup] | None:
 
 
 def row_square_norm(values: Tensor) -> Tensor:
-    """‖v‖² of each row v, in one pass."""
-    return torch.linalg.vector_norm(values, dim=1).square()
+    """‖v‖² of each row v, in one pass: float32."""
+    return torch.linalg.vector_norm(values, dim=1, dtype=torch.float32).square()
