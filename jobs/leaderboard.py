@@ -178,7 +178,7 @@ def _run(command: Sequence[str], minutes: float) -> str | None:
         )
     except subprocess.TimeoutExpired:
         return f"{LATE} {minutes:g} minutes"
-    return others.last_words(done.stderr) if done.returncode else None
+    return others.last_words(done.stderr, done.returncode) if done.returncode else None
 
 
 def _fork(call: Callable[[], None], minutes: float) -> str | None:

@@ -221,6 +221,22 @@ def test_a_call_that_fails_in_a_fork_says_why_and_one_that_takes_too_long_is_end
     assert leaderboard._fork(lambda: None, 1) is None
 
 
+@pytest.mark.parametrize(
+    ("stderr", "returncode", "said"),
+    [
+        ("Traceback:\n  call()\na.b.OwnError: no\n", 1, "a.b.OwnError: no"),
+        ("RuntimeError: sizes:\n\tsize 3\nof 4\n", 1, "RuntimeError: sizes:"),
+        ("KeyError: 1\nValueError\n/a.py:3: UserWarning: w\n  warn(\n", 1, "ValueError"),
+        ("/a.py:3: UserWarning: w\n  warnings.warn(\nit takes one checkpoint\n", 1, "it takes one"),
+        ("/a.py:3: UserWarning: w\n  warnings.warn(\n", -9, "killed by SIGKILL"),
+        ("/a.py:3: UserWarning: w\n  warnings.warn(\n", 1, "warnings.warn("),
+        ("", 1, "it ended without a word"),
+    ],
+)
+def test_why_a_process_failed_is_its_last_error_and_no_warning(stderr, returncode, said):
+    assert leaderboard.others.last_words(stderr, returncode).startswith(said)
+
+
 def test_automatic_damping_is_held_against_the_best_of_the_grid():
     rows = [row("b", 0.38), row("b", 0.4, "grid", damping="1"), row("b", 0.1, "grid", damping="9")]
     assert tables.grid(rows).splitlines()[-1] == "| b | half | 0.380 | 0.400 at 1 | 95% |"

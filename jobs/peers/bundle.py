@@ -46,6 +46,11 @@ class Bundle:
         is_label = targets.dtype == torch.int64 and targets.ndim == 1
         return is_label and self.task != "fashion_ddpm"  # which has labels, and does not see them
 
+    @property
+    def is_language(self) -> bool:
+        """Whether ℓ is −log p of a text (the mean of its characters')."""
+        return self.task == "shakespeare"
+
     def weights(self, index: int) -> dict[str, Tensor]:
         return torch.load(self.path / self.checkpoints[index]["file"], weights_only=True)
 
@@ -54,8 +59,16 @@ class Bundle:
         model.load_state_dict(self.weights(index))
         return model.eval()
 
-    def losses(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    def losses(self, model: Callable[..., Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
         return self.networks.losses(self.task, model, inputs, targets)
+
+    def margins(self, model: Callable[..., Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
+        """log(p/(1−p)): p the softmax of the target's class, or e^−ℓ of a text, which is what
+        dattri's examples take of a language model."""
+        if not self.is_language:
+            return margin(model(inputs), targets)
+        logp = -self.losses(model, inputs, targets)
+        return logp - torch.log(1 - torch.exp(logp))
 
     def output_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The losses of outputs that a peer computed by itself."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from bundle import Bundle, margin, run
+from bundle import Bundle, run
 from dattri.algorithm.influence_function import (
     IFAttributorArnoldi,
     IFAttributorCG,
@@ -26,21 +27,22 @@ def task_of(given: Bundle, kind: str) -> Any:
     """Its task. Its TRAK and TracIn call the function on single examples, the others on batches."""
     model = given.model(0)
 
-    def called(params: Any, inputs: Tensor) -> Tensor:
-        return functional_call(model, params, (inputs,))
-
     def batch_loss(params: Any, data: Any) -> Tensor:
-        return given.losses(lambda inputs: called(params, inputs), *data).mean()
+        return given.losses(called(model, params), *data).mean()
 
     def one_loss(params: Any, data: Any) -> Tensor:
         return batch_loss(params, (data[0][None], data[1][None]))
 
     def one_margin(params: Any, data: Any) -> Tensor:
-        return margin(called(params, data[0][None]), data[1][None])[0]
+        return given.margins(called(model, params), data[0][None], data[1][None])[0]
 
     function = {"batch": batch_loss, "one": one_loss, "margin": one_margin}[kind]
     weights = [given.weights(i) for i in range(len(given.checkpoints))]
     return AttributionTask(loss_func=function, model=model, checkpoints=weights)
+
+
+def called(model: Any, params: Any) -> Callable[..., Tensor]:
+    return lambda *inputs: functional_call(model, params, inputs)
 
 
 def loaders(given: Bundle) -> tuple[Any, Any]:
@@ -48,12 +50,14 @@ def loaders(given: Bundle) -> tuple[Any, Any]:
 
 
 def trak(given: Bundle, proj_dim: int) -> np.ndarray:
-    if not given.is_classification:
-        raise SystemExit("its correct-probability function is that of classifiers")
+    if not (given.is_classification or given.is_language):
+        raise SystemExit("its TRAK is documented for a loss that is −log p; this one has no p")
     task = task_of(given, "margin")
     model = task.get_model()
 
     def probability(params: Any, data: Any) -> Tensor:
+        if given.is_language:
+            return torch.exp(-given.losses(called(model, params), data[0][None], data[1][None]))[0]
         logits = functional_call(model, params, (data[0][None],))
         return logits.softmax(1)[0, data[1]]
 

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import tempfile
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from bundle import Bundle, run
+from torch import Tensor
+from torch.func import functional_call
 from trak import TRAKer
-from trak.modelout_functions import ImageClassificationModelOutput
+from trak.modelout_functions import AbstractModelOutput, ImageClassificationModelOutput
 from trak.projectors import BasicProjector, ProjectionType
 
 BATCH = 64
 
 
 def trak(given: Bundle, proj_dim: int) -> np.ndarray:
-    if not given.is_classification:
-        raise SystemExit("its outputs are those of classifiers")
+    if not (given.is_classification or given.is_language):
+        raise SystemExit("its outputs are those of a loss that is −log p; this one has no p")
     with tempfile.TemporaryDirectory() as folder:
         return _scores(given, folder, proj_dim)
 
@@ -34,7 +37,7 @@ def _scores(given: Bundle, folder: str, proj_dim: int) -> np.ndarray:
     number = len(given.train)
     traker: Any = TRAKer(
         model=model,
-        task=ImageClassificationModelOutput(),
+        task=_Text(given) if given.is_language else ImageClassificationModelOutput(),
         train_set_size=number,
         save_dir=folder,
         device="cpu",
@@ -53,6 +56,25 @@ def _scores(given: Bundle, folder: str, proj_dim: int) -> np.ndarray:
         for batch in given.loader(given.queries, BATCH):
             traker.score(batch=batch, num_samples=len(batch[0]))
     return np.array(traker.finalize_scores("queries")).T
+
+
+class _Text(AbstractModelOutput):
+    """log(p/(1−p)) and 1 − p of a text, p = e^−ℓ, as its outputs of classifiers have them."""
+
+    def __init__(self, given: Bundle) -> None:
+        self.given = given
+
+    def get_output(self, model: Any, weights: Any, buffers: Any, *one: Tensor) -> Tensor:
+        batch = (part.unsqueeze(0) for part in one)
+        return self.given.margins(_called(model, weights, buffers), *batch).sum()
+
+    def get_out_to_loss_grad(self, model: Any, weights: Any, buffers: Any, batch: Any) -> Tensor:
+        ps = torch.exp(-self.given.losses(_called(model, weights, buffers), *batch))
+        return (1 - ps).clone().detach().unsqueeze(-1)
+
+
+def _called(model: Any, weights: Any, buffers: Any) -> Any:
+    return partial(functional_call, model, (weights, buffers))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ use from the pinned jobs/peers/PEER.txt.
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -101,7 +103,12 @@ def bundle(work: Any, path: Path, quick: bool) -> Path:
     return folder
 
 
-def last_words(stderr: str) -> str:
-    """The error of a process that failed, in one line."""
-    lines = [line.strip() for line in stderr.strip().splitlines() if line.strip()]
-    return (lines[-1] if lines else "it ended without a word")[:200]
+def last_words(stderr: str, returncode: int = 1) -> str:
+    """Why a process failed, in one line: what killed it, its last "SomeError: …", or its last line,
+    a warning's only where there is no other."""
+    if returncode < 0:
+        return f"killed by {signal.Signals(-returncode).name}"
+    lines = [line.rstrip() for line in stderr.splitlines() if line.strip()]
+    said = [line for line in lines if not line[0].isspace() and "Warning: " not in line]
+    errors = [line for line in said if re.match(r"[\w.]*(Error|Exception|Interrupt)(: |$)", line)]
+    return (errors or said or lines or ["it ended without a word"])[-1].strip()[:200]
