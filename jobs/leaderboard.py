@@ -144,6 +144,7 @@ def _announce(task: str, cell: Any) -> None:
 
 def _one(work: Any, cell: Any, path: Path, quick: bool, minutes: float) -> None:
     """One cell in a process of its own."""
+    (path / "cells").mkdir(parents=True, exist_ok=True)
     failed = [need for need in cell.needs if "why_not" in _result(path, need)]
     if failed:
         why = _result(path, failed[0])["why_not"]
