@@ -48,13 +48,14 @@ def test_one_launch_adds_what_many_operations_do(dim, start):
 
 
 @pytest.mark.gpu
-def test_a_language_model_has_the_rows_of_the_cpu(tmp_path):
-    """One whose head is its embedding; its batches are begun one ahead."""
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_language_model_has_the_rows_of_the_cpu(tied, tmp_path):
+    """One whose head is its embedding, or is not; its batches are begun one ahead."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied,
     )  # fmt: skip
     model, ids = transformers.LlamaForCausalLM(config), torch.arange(70 * 12).reshape(70, 12) % 50
     rows, losses = {}, {}

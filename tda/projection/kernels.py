@@ -59,8 +59,9 @@ def add_runs(
     grid = triton.cdiv(num_runs, _RUNS), triton.cdiv(dim, _BUCKETS), triton.cdiv(count, _EXAMPLES)
     sums = torch.empty(grid[0], count, dim, device=values.device)
     squares = torch.empty(grid[0] * grid[1], count, device=values.device)
-    _add_runs[grid](
-        values, signs, shifts, sums, squares, count, size, inside, dim, num_runs, values.stride(0),
-        EXAMPLES=_EXAMPLES, BUCKETS=_BUCKETS, RUNS=_RUNS,
-    )  # fmt: skip
+    with torch.cuda.device(values.device):
+        _add_runs[grid](
+            values, signs, shifts, sums, squares, count, size, inside, dim, num_runs,
+            values.stride(0), EXAMPLES=_EXAMPLES, BUCKETS=_BUCKETS, RUNS=_RUNS,
+        )  # fmt: skip
     return sums.sum(0), squares.sum(0)

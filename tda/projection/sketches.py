@@ -34,7 +34,7 @@ _SPAN_FLOATS = 2**18  # numbers transformed at a time: 1 MiB
 @cache
 def _launch(device_type: str) -> Launch | None:
     """What adds a tile's runs in one launch on such a device, where there is something."""
-    if device_type != "cuda":
+    if device_type != "cuda" or torch.cuda.get_device_capability() < (7, 0):
         return None
     try:
         from tda.projection.kernels import add_runs

@@ -88,12 +88,12 @@ def tiles(factors: list[Factor]) -> Iterator[Tile]:
     """One parameter's gradient in runs of neighbouring coordinates, formed one at a time."""
     num_rows, width = factors[0].shape
     step = max(1, _tile_floats(factors) // (factors[0].num_examples * width))
-    formed = sum_of_rows
-    if factors[0].device.type != "cpu":
+    on_cpu, formed = factors[0].device.type == "cpu", sum_of_rows
+    if not on_cpu:
         formed = short_sum_of_rows
         step -= step % _GPU_ROWS if step > _GPU_ROWS else 0
     lookups = [f for f in factors if isinstance(f, Lookup)]
-    if len(lookups) == len(factors):  # only the rows that were looked up are not zero
+    if on_cpu and len(lookups) == len(factors):  # only rows that were looked up are not zero
         used = torch.unique(torch.cat([f.index.flatten() for f in lookups]))
         for ids in used.split(step):
             block = total([f.rows_at(ids) for f in lookups])
