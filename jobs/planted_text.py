@@ -14,10 +14,11 @@
                by "likely mislabelled", AUC .79. Copies: 93 % found by their texts and contents
                (the rest are too short for one word to be little of them), nothing else; leaked
                reviews: all found. The two bad sources have the lowest mean values.
-               Loss after retraining without (predicted): the most valuable 5 % +.09 (+.09), 10 %
-               +.19 (+.13); the most harmful 5 % −.03 (−.09), 10 % −.04 (−.13). Leaving out what
-               is likely mislabelled makes this model worse, +.10 (−.01), and so does giving it the
-               proposed labels, +.13: of these 325 reviews 171 were right
+               Loss after retraining without (predicted), on two processors: the most valuable 5 %
+               +.09 and +.09 (+.09), 10 % +.19 and +.16 (+.13); the most harmful 5 % −.03 and −.01
+               (−.09), 10 % −.04 and −.05 (−.13). Leaving out what is likely mislabelled makes this
+               model worse, +.10 (−.01), and so does giving it the proposed labels, +.13: of these
+               325 reviews 171 were right
 
     python jobs/planted_text.py                     # all of it, with retraining
     python jobs/planted_text.py --per-source 60 --num-test 60 --path stores/planted_text_small
