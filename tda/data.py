@@ -281,7 +281,8 @@ def to(batch: Any, device: str | torch.device) -> Any:
     def move(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
-        if is_gpu and value.device.type == "cpu":  # which need not be waited for
+        dense = value.layout is torch.strided
+        if is_gpu and dense and value.device.type == "cpu":  # which need not be waited for
             return value.pin_memory().to(device, non_blocking=True)
         return value.to(device)
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
 import tda
+from tda.evaluate import tail_patch
 from tda.gradients import Dense
+from tda.projection import KINDS
 from tda.projection.sketches import CountSketch
 from tda.projection.tiles import Tile
 
@@ -89,6 +96,120 @@ def test_rows_of_a_gpu_are_those_of_the_cpu(precision, tolerance, tmp_path):
         rows[device] = run.store.table("train").rows(0, 0, 40)
     error = (rows["cuda"] - rows["cpu"]).norm() / rows["cpu"].norm()
     assert float(error) < tolerance
+
+
+class Net(nn.Module):
+    """Of an outer product, a bias, a norm and a lookup; its second half may lie elsewhere."""
+
+    def __init__(self, recurrent: bool = False) -> None:
+        super().__init__()
+        self.table = nn.Embedding(50, 30)
+        self.up = nn.LSTM(30, 40, batch_first=True) if recurrent else nn.Linear(30, 40)
+        self.norm, self.down = nn.LayerNorm(40), nn.Linear(40, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.up(self.table(ids.to(self.table.weight.device)))
+        x = torch.tanh(x[0] if isinstance(x, tuple) else x)[:, 0].to(self.down.weight.device)
+        return self.down(self.norm(x)).to(ids.device)
+
+
+DATA = torch.arange(80).reshape(40, 2) * 7 % 50, torch.arange(40) % 3
+ASKED = DATA[0][:5], DATA[1][:5]
+
+
+def rows(table: str, options: dict[str, Any], model: nn.Module, path: Path, **task: Any) -> Tensor:
+    run = tda.index(
+        tda.Task(model, **task), DATA, path, dtype="float32", progress=False,
+        **{"proj_dim": 8, **options},
+    )  # fmt: skip
+    if table == "curvature":
+        run.add_curvature(DATA, num_rows=90, progress=False)
+    stored = run.store.table(table)
+    return stored.rows(0, 0, stored.num_rows)
+
+
+def scaled(metric: str, model: nn.Module, path: Path, **task: Any) -> Tensor:
+    optimizer, draws = torch.optim.Adam(model.parameters()), torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=draws).to(p)
+    optimizer.step()
+    state = tda.Checkpoint(model.state_dict(), optimizer=optimizer.state_dict())
+    return rows("train", {}, model, path, checkpoints=state, metric=metric, **task)
+
+
+def scores(recipe: str, model: nn.Module, path: Path, **task: Any) -> Tensor:
+    found = tda.attribute(tda.Task(model, **task), DATA, ASKED, recipe, progress=False)
+    return torch.from_numpy(found)
+
+
+def smooth(model: nn.Module, path: Path, **task: Any) -> Tensor:
+    copies = tda.smoothed(model.state_dict(), 2)
+    return rows("train", {}, model, path, checkpoints=copies, **task)
+
+
+def patched(model: nn.Module, path: Path, **task: Any) -> Tensor:
+    found = np.arange(10).reshape(5, 2)
+    return torch.tensor([tail_patch(tda.Task(model, **task), DATA, ASKED, found, 0.1).value])
+
+
+def replayed(model: nn.Module, path: Path, device: str) -> Tensor:
+    training = tda.Training(
+        model=model.to(device), inputs=DATA[0], targets=DATA[1], optimizer="adam",
+        batches=torch.arange(40, device=device).reshape(8, 5),
+    )  # fmt: skip
+    return torch.from_numpy(training.influence(ASKED, progress=False))
+
+
+WAYS = {
+    **{f"rows_{kind}": partial(rows, "train", {"projection": kind}) for kind in KINDS},
+    "rows_curvature": partial(rows, "curvature", {}),
+    **{metric: partial(scaled, metric) for metric in ("adam", "second_moment", "adam_update")},
+    **{name: partial(scores, name) for name in ("grad_cos", "influence_ekfac", "influence_cg")},
+    "smoothed": smooth,
+    "tail_patch": patched,
+    "replay": replayed,
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["whole", "recurrent", "spread", "autocast", "bfloat16"])
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_gives_on_a_gpu_what_it_gives_on_a_cpu(way, form, tmp_path):
+    """spread: half of the model on another device, a GPU where there are two."""
+    compare(way, form, tmp_path, "cuda")
+
+
+def compare(way: str, form: str, path: Path, device: str) -> None:
+    if way == "replay" and form in ("spread", "autocast", "bfloat16"):
+        pytest.skip("a replay has one device and the precision of a float32 model")
+    if way == "rows_eigenbasis" and form == "bfloat16":
+        pytest.skip("which coordinates are the largest hangs on the rounding")
+    torch.manual_seed(0)
+    plain, found = Net(form == "recurrent"), {}
+    task = {"precision": "bfloat16"} if form == "autocast" else {}
+    plain = plain.bfloat16() if form == "bfloat16" else plain
+    for there in ("cpu", device):
+        model = copy.deepcopy(plain)
+        if form == "spread" and there == "cuda":
+            second = "cuda:1" if torch.cuda.device_count() > 1 else "cpu"
+            model.to("cuda:0"), model.norm.to(second), model.down.to(second)
+        found[there] = WAYS[way](model, path / there, device=there, **task)
+    error = (found[device] - found["cpu"]).norm() / found["cpu"].norm()
+    assert float(error) < (0.1 if form in ("autocast", "bfloat16") else 1e-3)
+
+
+@pytest.mark.gpu
+def test_data_may_lie_on_the_gpu(tmp_path):
+    x, y = torch.randn(20, 6), torch.randn(20)
+    found = {}
+    for device in ("cpu", "cuda"):
+        data = x.to(device), y.to(device)
+        torch.manual_seed(0)
+        task = tda.Task(nn.Linear(6, 1), measurement="squared_error", device=device)
+        run = tda.index(task, data, tmp_path / device, dtype="float32", progress=False)
+        found[device] = run.store.table("train").rows(0, 0, 20)
+        found[device] *= torch.from_numpy(run.store.table("train").column("loss")[0])[:, None]
+    torch.testing.assert_close(found["cuda"], found["cpu"])
 
 
 @pytest.mark.slow

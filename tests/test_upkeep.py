@@ -72,13 +72,13 @@ def run(made, tmp_path) -> tda.Run:
 def computed(monkeypatch) -> list[int]:
     """How many examples each call of the featurizer was given."""
     sizes: list[int] = []
-    featurize = Featurizer.__call__
+    start = Featurizer.start
 
     def counted(self: Featurizer, batch: Any, num_examples: int, train: bool = False) -> Any:
         sizes.append(num_examples)
-        return featurize(self, batch, num_examples, train)
+        return start(self, batch, num_examples, train)
 
-    monkeypatch.setattr(Featurizer, "__call__", counted)
+    monkeypatch.setattr(Featurizer, "start", counted)
     return sizes
 
 

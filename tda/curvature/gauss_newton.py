@@ -22,12 +22,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vjp, vmap
+from torch.autograd import grad
+from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tda.data import Batch, Collate, Dataset, collate, evenly, read, to
 from tda.errors import TaskError
 from tda.gradients import Gradients
+from tda.gradients.exact import differentiable
 from tda.layout import require_whole
 from tda.measurements import Measurement, predict
 
@@ -107,16 +109,17 @@ class GaussNewton:
         self._check(v)
         total = {name: torch.zeros_like(value) for name, value in v.items()}
         m = len(next(iter(v.values())))
-        with _differentiable(), torch.no_grad():
+        with _differentiable(), differentiable(self.model), torch.no_grad():
             for batch, _ in self.batches:
                 for start in range(0, m, _AT_ONCE):
                     stop = min(start + _AT_ONCE, m)
                     part = {
-                        name: v[name][start:stop].reshape(stop - start, *p.shape)
+                        name: v[name][start:stop].reshape(stop - start, *p.shape).to(p.device)
                         for name, p in self.parameters.items()
                     }
                     for name, value in self._sum_over(batch, part).items():
-                        total[name][start:stop] += value.reshape(total[name][start:stop].shape)
+                        some = total[name][start:stop]
+                        some += value.reshape(some.shape).to(some.device)
         return {name: value / self.num_examples for name, value in total.items()}
 
     def mean_diagonal(self, num_probes: int = 16) -> float:
@@ -133,16 +136,20 @@ class GaussNewton:
     def _sum_over(self, batch: Batch, v: Directions) -> dict[str, Tensor]:
         """Σ_i J_iᵀ ∇²ℓ_i J_i v over the examples of one batch."""
         net = _Outputs(self.model, self.measurement)
-        at = {f"model.{name}": p.detach() for name, p in self.parameters.items()}
-
-        def outputs(values: dict[str, Tensor]) -> Tensor:
-            return functional_call(net, values, (batch,))
-
-        z, pull = vjp(outputs, at)[:2]
-        push = vjp(lambda w: pull(w)[0], torch.zeros_like(z))[1]
-        (u,) = vmap(push)({f"model.{name}": v[name] for name in self.parameters})
-        (image,) = vmap(pull)(self._hessian(z.detach(), batch, u).to(z.dtype))
-        return {name.removeprefix("model."): value for name, value in image.items()}
+        at = [p.detach().requires_grad_() for p in self.parameters.values()]
+        named = {f"model.{name}": p for name, p in zip(self.parameters, at, strict=True)}
+        with torch.enable_grad():
+            z = functional_call(net, named, (batch,))
+            w = torch.zeros_like(z, requires_grad=True)
+            slopes = grad(z, at, w, create_graph=True, materialize_grads=True)
+        used = [(s, v[name]) for name, s in zip(self.parameters, slopes, strict=True) if s.grad_fn]
+        if not used:
+            return {name: torch.zeros_like(v[name]) for name in self.parameters}
+        outputs, tangents = zip(*used, strict=True)
+        many = {"is_grads_batched": True, "materialize_grads": True}
+        (u,) = grad(outputs, w, tangents, retain_graph=True, **many)
+        image = grad(z, at, self._hessian(z.detach(), batch, u).to(z.dtype), **many)
+        return dict(zip(self.parameters, image, strict=True))
 
     def _hessian(self, z: Tensor, batch: Batch, u: Tensor) -> Tensor:
         if self.measurement.hessian is not None:

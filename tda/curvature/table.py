@@ -36,7 +36,7 @@ from tda.curvature.sampling import (
     none_out_of_reach,
     pair_traces,
 )
-from tda.data import Batch, Dataset, Picked, batches
+from tda.data import Batch, Dataset, Picked, batches, to
 from tda.errors import MismatchError, StoreError, TaskError
 from tda.examples import Examples, describe
 from tda.featurizer import Features, Featurizer
@@ -133,7 +133,7 @@ def _importance(
             if _has_every_label(task.measurement, outputs):
                 parts.append(pair_traces(outputs.softmax(1)))
             else:
-                parts.append(_traces(task.measurement, outputs, batch)[:, None])
+                parts.append(_traces(task.measurement, outputs, to(batch, "cpu"))[:, None])
             tick(last - first)
         a = torch.cat(parts).clamp(min=0)
         a[~a.isfinite()] = 0  # left to the featurizer, which names the example

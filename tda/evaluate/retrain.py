@@ -24,7 +24,9 @@ from tda.errors import ConfigError, DataError, TaskError
 from tda.evaluate.design import Design
 from tda.evaluate.record import FOLDER, GroundTruth, Record
 from tda.examples import describe
+from tda.gradients.exact import differentiable
 from tda.identity import digest, settings_of, source_of
+from tda.layout import is_spread
 from tda.measurements import Measurement
 from tda.progress import Tick
 from tda.run import Run
@@ -134,12 +136,12 @@ class Measure:
 
     def __call__(self, model: nn.Module) -> np.ndarray:
         """f where the measurement has a margin, else −loss: ``[query]``, higher is better."""
-        model = model.eval().to(self.device)
+        model = model.eval() if is_spread(model) else model.eval().to(self.device)
         return torch.cat([self._batch(model, batch) for batch in self.queries]).numpy()
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """ℓ of the examples of a batch ``[example]``, differentiable."""
-        return self.measurement.link(self._output(model, batch), batch).loss
+        return self.measurement.link(self._output(model, batch), to(batch, "cpu")).loss
 
     @torch.no_grad()
     def _batch(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -148,7 +150,8 @@ class Measure:
 
     def _output(self, model: nn.Module, batch: Batch) -> Tensor:
         kind = torch.device(self.device).type
-        with torch.autocast(kind, dtype=self.autocast, enabled=self.autocast is not None):
+        precision = torch.autocast(kind, dtype=self.autocast, enabled=self.autocast is not None)
+        with precision, differentiable(model):
             return self.measurement.output(model, to(batch, self.device)).float().cpu()
 
 

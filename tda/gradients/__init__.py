@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tda.data import to
 from tda.errors import GradientError, TaskError
 from tda.gradients.exact import example_of
 from tda.gradients.factors import (
@@ -114,7 +115,9 @@ class Gradients:
                 _move(own, device)
             parameters = {n: p for n, p in own.named_parameters() if n in set(trained)}
             own.requires_grad_(False)
-            self._passes = Passes(own, parameters, measurement, torch.device(device), autocast)
+            # "cuda" is any thread's own, and the backward pass has a thread for each device.
+            device = torch.empty(0, device=device).device
+            self._passes = Passes(own, parameters, measurement, device, autocast)
         self.model = self._passes.model
         self.parameters: dict[str, Tensor] = self._passes.parameters
         self.measurement = measurement
@@ -233,7 +236,7 @@ class Gradients:
     def link(self, output: Tensor, batch: Any) -> Link:
         """The loss as a function of outputs f ``[example]``: float32, on the CPU."""
         with torch.no_grad():
-            return self.measurement.link(output.float().cpu(), batch)
+            return self.measurement.link(output.float().cpu(), to(batch, "cpu"))
 
     def forward(self, batch: Any) -> Tensor:
         """f ``[example]``, with all that a backward pass to the weights would need."""

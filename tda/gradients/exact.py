@@ -58,6 +58,19 @@ def example_of(batch: Any, index: int, num_examples: int) -> Any:
 
 
 @contextmanager
+def differentiable(model: nn.Module) -> Iterator[None]:
+    """For a forward pass: recurrent layers not by cuDNN, which has gradients of them in training
+    mode only, and no second ones."""
+    before = torch.backends.cudnn.enabled
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    torch.backends.cudnn.enabled = before and not recurrent
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = before
+
+
+@contextmanager
 def trained(parameters: Mapping[str, Tensor]) -> Iterator[None]:
     """With gradients recorded for these parameters, as in training; afterwards for none."""
     try:

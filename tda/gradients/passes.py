@@ -100,7 +100,7 @@ class Passes:
         vmap is a loop inside some operations (slow, and still exact); reentrant checkpointing finds
         no gradients (the tap refuses it, and says what to do).
         """
-        with warnings.catch_warnings(), fast_products():
+        with warnings.catch_warnings(), fast_products(), exact.differentiable(self.model):
             warnings.filterwarnings("ignore", message="There is a performance drop")
             warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")
             if self.autocast is None:

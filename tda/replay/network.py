@@ -10,6 +10,7 @@ from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tda.errors import TaskError
+from tda.gradients.exact import differentiable
 from tda.layout import copied, require_whole
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -62,7 +63,8 @@ class Network:
 
     def losses(self, weights: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """ℓ_i of a batch ``[example]``."""
-        with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+        # Fused attention has no second derivative.
+        with sdpa_kernel(SDPBackend.MATH), differentiable(self.model):
             outputs = functional_call(self.model, self.named(weights), (x,))
         return example_losses(self.loss, outputs, y)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tda.data import Batch, as_dataset, batches, to
 from tda.errors import ConfigError, DataError, TaskError
+from tda.gradients.exact import differentiable
 from tda.measurements import Measurement, as_measurement
 from tda.progress import progress_bar
 from tda.recipe import Gradient
@@ -210,7 +211,7 @@ class Training:
 
     @cached_property
     def _rows(self) -> list[Tensor]:
-        return [torch.as_tensor(batch, dtype=torch.long) for batch in self.batches]
+        return [torch.as_tensor(b, dtype=torch.long, device="cpu") for b in self.batches]
 
     @cached_property
     def _network(self) -> Network:
@@ -355,7 +356,8 @@ def _rises(
     trained = [p for p in model.parameters() if p.requires_grad]
     for _, batch in read:
         moved = to(batch, trained[0].device)
-        output = measured.output(model, moved)
+        with differentiable(model):
+            output = measured.output(model, moved)
         has_margin = measured.has_margin and gradient == "margin"
         value = output if has_margin else -measured.link(output, moved).loss
         for one in value:

@@ -28,7 +28,8 @@ def with_noise(
     known = [names[id(p)] for p in trained if id(p) in names]
     if not known:
         return dict(weights)
-    every = torch.cat([weights[first].detach().flatten().float().abs() for first, *_ in known])
+    numbers = (weights[first].detach().cpu().flatten() for first, *_ in known)
+    every = torch.cat([some.float().abs() for some in numbers])
     every = every[every > 0]
     if not len(every):
         raise TaskError(

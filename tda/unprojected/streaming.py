@@ -249,7 +249,7 @@ def contract(q: Tensor, factor: Factor) -> Tensor:
         return out
     flat = q.flatten(1)
     for tile in tiles([factor]):
-        out += flat[:, tile.start : tile.start + tile.values.shape[1]] @ tile.values.T
+        out += flat[:, tile.start : tile.start + tile.values.shape[1]] @ tile.values.float().T
     return out
 
 
