@@ -9,7 +9,7 @@ from captum.influence import TracInCP
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-BATCH = 256
+BATCH, SMALL_BATCH = 256, 8
 
 
 def tracin(given: Bundle) -> np.ndarray:
@@ -40,7 +40,8 @@ def tracin(given: Bundle) -> np.ndarray:
 
 
 def _one_by_one(given: Bundle, network: nn.Module) -> np.ndarray:
-    """Batches of one, its default: of more, each example's gradient passes the whole batch."""
+    """In small batches: each example's gradient passes the whole of its own, and is taken again
+    for every batch that it meets."""
 
     def load(model: nn.Module, index: int) -> float:
         network.load_state_dict(given.weights(index))
@@ -53,10 +54,11 @@ def _one_by_one(given: Bundle, network: nn.Module) -> np.ndarray:
         checkpoints=list(range(len(given.checkpoints))),
         checkpoints_load_func=load,
         loss_fn=_Kept(),
+        batch_size=SMALL_BATCH,
     )
     inputs, targets = given.queries.tensors
     queries = TensorDataset(inputs, targets, targets)
-    return tracer.influence(given.loader(queries, 1)).numpy()
+    return tracer.influence(given.loader(queries, SMALL_BATCH)).numpy()
 
 
 class _Losses(nn.Module):
