@@ -36,8 +36,9 @@ out of the very run that is attributed. The ceiling is the LDS of retraining its
 
 Seconds are from checkpoints to scores (indexing + answering) on one core of machines that did
 other work too: orders of magnitude, no benchmark (fashion_mlp, fashion_cnn and all rows of 14,336
-numbers in int4 on a busy Zen 4, the other rows of .2 noise on a Zen 2, rotten_tomatoes and the
-other rows of found noise on an Intel Xeon with AMX, the others on a Zen 5). Rows of two machines
+numbers in int4 on a busy Zen 4, the other rows of .2 noise on a Zen 2, our rows of rotten_tomatoes
+and the other rows of found noise on an Intel Xeon with AMX, the others on a Zen 5, some of the
+peers' with two to a core). Rows of two machines
 stand together where what both computed came out alike. A recipe finds in the store's cache what a
 row before it decomposed. Peak memory is that of the process. A row "not done in 3 minutes" ran
 into the limit of that call (`--limit`), and is tried again by one with a longer limit.
@@ -73,7 +74,10 @@ rotten_tomatoes: the other tasks judge it. *metric = adam*: gradients in the met
 
 traker's `trak` is at its default of 2,048 numbers an example, undamped: with fewer training
 examples than that, or not many more, its kernel is singular or nearly so, and its figure is poor
-for this reason. `k=512` is the fairer row where there is one.
+for this reason. `k=512` is the fairer row where there is one. The TRAK of a language model takes
+p = e^−ℓ (dattri's examples); a loss that is no −log p has none. dattri's EK-FAC asks for layers
+without positions; its TracIn projects to 512 numbers, captum's to none (on BERT-tiny that one ran
+out of 11 GB).
 
 The summary has the best of our rows with automatic damping, and the best of all rows of the peers;
 ours are more, so the largest of them is a little flattered.
