@@ -56,7 +56,7 @@ from tda.featurizer import Featurizer
 
 pool.LEAST_PATIENCE = 2.0
 torch.set_num_threads(1)
-featurize = Featurizer.__call__
+featurize = Featurizer.start
 
 def logged(self, batch, num_examples, train=False):
     with open("log", "a") as file:
@@ -72,7 +72,7 @@ def logged(self, batch, num_examples, train=False):
         time.sleep(60)
     return featurize(self, batch, num_examples, train)
 
-Featurizer.__call__ = logged
+Featurizer.start = logged
 
 def task():
     torch.manual_seed(0)
@@ -275,7 +275,7 @@ def scarce(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
 
     def limit(most: int) -> list[int]:
         sizes: list[int] = []
-        featurize = Featurizer.__call__
+        featurize = Featurizer.start
 
         def limited(self: Any, batch: Any, num_examples: int, train: bool = False) -> Any:
             sizes.append(num_examples)
@@ -283,7 +283,7 @@ def scarce(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
             return featurize(self, batch, num_examples, train)
 
-        monkeypatch.setattr(Featurizer, "__call__", limited)
+        monkeypatch.setattr(Featurizer, "start", limited)
         return sizes
 
     return limit

@@ -33,7 +33,7 @@ first = {{name: value.clone() for name, value in model.state_dict().items()}}
 second = {{name: value * 1.5 for name, value in first.items()}}
 images, labels = load_digits(return_X_y=True)
 data = ((images[:{NUM_ROWS}] / 16).astype("float32"), labels[:{NUM_ROWS}])
-featurize = Featurizer.__call__
+featurize = Featurizer.start
 
 def logged(self, batch, num_examples, train=False):
     with open(log, "a") as file:
@@ -41,7 +41,7 @@ def logged(self, batch, num_examples, train=False):
     time.sleep(pause)
     return featurize(self, batch, num_examples, train)
 
-Featurizer.__call__ = logged
+Featurizer.start = logged
 tda.index(tda.Task(model, [first, second]), data, path, proj_dim=64, progress=False,
           batch_size={CHUNK_ROWS}, chunk_rows={CHUNK_ROWS})
 """

@@ -171,7 +171,7 @@ def test_indexing_killed_while_it_writes_computes_nothing_again(tmp_path, monkey
     torch.manual_seed(0)
     task = tda.Task(torch.nn.Linear(4, 3), measurement="cross_entropy")
     data = torch.randn(20, 4), torch.arange(20) % 3
-    featurize, finish, computed = Featurizer.__call__, local.finish, [0]
+    featurize, finish, computed = Featurizer.start, local.finish, [0]
 
     def index(name: str) -> dict[str, bytes]:
         run = tda.index(
@@ -189,7 +189,7 @@ def test_indexing_killed_while_it_writes_computes_nothing_again(tmp_path, monkey
         finish(top, stages)
 
     undisturbed = index("undisturbed")
-    monkeypatch.setattr(Featurizer, "__call__", counted)
+    monkeypatch.setattr(Featurizer, "start", counted)
     with monkeypatch.context() as patch:
         patch.setattr(local, "finish", killed)
         with pytest.raises(Killed):

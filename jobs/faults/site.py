@@ -103,7 +103,7 @@ class Site:
         os.dup2(os.open(self.folder / "errors", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
         faulthandler.register(signal.SIGUSR2)
         featurize, log = (
-            Featurizer.__call__,
+            Featurizer.start,
             os.open(self.folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND),
         )
 
@@ -112,7 +112,7 @@ class Site:
             time.sleep(pause)
             return featurize(that, batch, num_examples, train)
 
-        Featurizer.__call__ = logged  # type: ignore[method-assign, assignment]
+        Featurizer.start = logged  # type: ignore[method-assign, assignment]
         try:
             if before is not None:
                 before()
