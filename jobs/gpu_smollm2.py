@@ -1,7 +1,7 @@
 """A language model of SmolLM2-135M's shape indexed on a GPU: tokens a second, the store written.
 
     hardware   one CUDA GPU of 100 GB; the targets are for an H200
-    time       about five minutes
+    time       four minutes with --repeats 2, half of them for either kind of weights
     needs      pip install transformers
     makes      two lines of JSON on standard output, and stores/smollm2-speed/ while it runs
     expected   on an H200 at least 150,000 tokens/s with the store write included (155,000 to
@@ -9,7 +9,7 @@
                and backward pass to the activations (.70 to .73 found)
 
     python jobs/gpu_smollm2.py
-    python jobs/gpu_smollm2.py --batch-size 64        # half the memory
+    python jobs/gpu_smollm2.py --batch-size 64        # less memory
     python jobs/gpu_smollm2.py --tiny --device cpu    # a random two-layer stand-in, seconds
 
 Once with weights in bfloat16, and once with those in float32 whose passes are autocast to it.

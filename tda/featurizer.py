@@ -25,6 +25,7 @@ from tda.task import Task
 from tda.training.metric import Transform, Update, as_matrices, scaling
 from tda.training.optimizer import Moments
 
+Later = Callable[[], "Features"]  # waits for what was begun
 _PILOT_EXAMPLES = 64
 _PILOT_BATCH = 16  # always: its moments are the same whatever else a run is given
 
@@ -291,7 +292,7 @@ class Featurizer:
         """
         return self.start(batch, num_examples, train)()
 
-    def start(self, batch: Any, num_examples: int, train: bool = False) -> Callable[[], Features]:
+    def start(self, batch: Any, num_examples: int, train: bool = False) -> Later:
         """The same, begun: what waits for them. A GPU may be given the next batch meanwhile."""
         assert self._projecting, "bind a projection first"
         assert self._checkpoint is not None, "load a checkpoint first"

@@ -19,7 +19,7 @@ from tda.cluster import is_open, run
 from tda.data import Batch, Dataset, collate, part, read
 from tda.errors import GradientError, MismatchError
 from tda.examples import describe
-from tda.featurizer import Features, Featurizer
+from tda.featurizer import Features, Featurizer, Later
 from tda.gradients.rules import InseparableError
 from tda.progress import Tick
 from tda.reading import Rows, ahead, behind, one_behind, reading
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 Place = tuple[int, int]  # checkpoint, chunk
 Compute = Callable[[Any, Rows], Features]  # (batch, rows)
-Later = Callable[[], Features]
 Write = Callable[[], None]
 Filler = Callable[[Place, Tick], Write]  # computes a chunk
 Prepare = Callable[[Featurizer, Table, Dataset, BatchSize], Filler]

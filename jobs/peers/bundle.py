@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.data import DataLoader, TensorDataset
 
 
@@ -91,6 +92,11 @@ def read(path: str, which: str, number: int) -> Bundle:
     queries = TensorDataset(arrays["query_inputs"], arrays["query_targets"])
     kept = about["checkpoints"][which]
     return Bundle(folder, about["task"], kept[:number], networks, train, queries)
+
+
+def called(model: nn.Module, parameters: Any) -> Callable[..., Tensor]:
+    """The model with these parameters: a dict, or with buffers in a pair."""
+    return lambda *inputs: functional_call(model, parameters, inputs)
 
 
 def margin(logits: Tensor, targets: Tensor) -> Tensor:

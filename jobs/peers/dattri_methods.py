@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from bundle import Bundle, run
+from bundle import Bundle, called, run
 from dattri.algorithm.influence_function import (
     IFAttributorArnoldi,
     IFAttributorCG,
@@ -18,7 +17,6 @@ from dattri.algorithm.tracin import TracInAttributor
 from dattri.algorithm.trak import TRAKAttributor
 from dattri.task import AttributionTask
 from torch import Tensor
-from torch.func import functional_call
 
 BATCH = 64
 
@@ -41,10 +39,6 @@ def task_of(given: Bundle, kind: str) -> Any:
     return AttributionTask(loss_func=function, model=model, checkpoints=weights)
 
 
-def called(model: Any, params: Any) -> Callable[..., Tensor]:
-    return lambda *inputs: functional_call(model, params, inputs)
-
-
 def loaders(given: Bundle) -> tuple[Any, Any]:
     return given.loader(given.train, BATCH), given.loader(given.queries, BATCH)
 
@@ -58,8 +52,7 @@ def trak(given: Bundle, proj_dim: int) -> np.ndarray:
     def probability(params: Any, data: Any) -> Tensor:
         if given.is_language:
             return torch.exp(-given.losses(called(model, params), data[0][None], data[1][None]))[0]
-        logits = functional_call(model, params, (data[0][None],))
-        return logits.softmax(1)[0, data[1]]
+        return called(model, params)(data[0][None]).softmax(1)[0, data[1]]
 
     attributor = TRAKAttributor(
         task=task,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from bundle import Bundle, run
@@ -13,52 +15,38 @@ BATCH, SMALL_BATCH = 256, 8
 
 
 def tracin(given: Bundle) -> np.ndarray:
-    model = given.model(0)
+    network = given.model(0)
     # Its batched gradients are of linear and convolutional layers alone.
     known = (nn.Linear, nn.Conv2d)
-    layers = [m for m in model.modules() if next(m.parameters(recurse=False), None) is not None]
+    layers = [m for m in network.modules() if next(m.parameters(recurse=False), None) is not None]
     batched = all(isinstance(m, known) for m in layers) and given.task != "fashion_ddpm"
-    if not batched:
-        return _one_by_one(given, model)
 
-    def load(model: nn.Module, index: int) -> float:
-        model.load_state_dict(given.weights(index))
-        return float(given.checkpoints[index]["learning_rate"])
-
-    tracer = TracInCP(
-        model,
-        given.train,
-        checkpoints=list(range(len(given.checkpoints))),
-        checkpoints_load_func=load,
-        loss_fn=_Sum(given),
-        batch_size=BATCH,
-        sample_wise_grads_per_batch=True,
-    )
-    inputs, targets = given.queries.tensors
-    parts = zip(inputs.split(BATCH), targets.split(BATCH), strict=True)
-    return torch.cat([tracer.influence((x, y)) for x, y in parts]).numpy()
-
-
-def _one_by_one(given: Bundle, network: nn.Module) -> np.ndarray:
-    """In small batches: each example's gradient passes the whole of its own, and is taken again
-    for every batch that it meets."""
-
-    def load(model: nn.Module, index: int) -> float:
+    def load(_: nn.Module, index: int) -> float:
         network.load_state_dict(given.weights(index))
         return float(given.checkpoints[index]["learning_rate"])
 
-    inputs, targets = given.train.tensors
-    tracer = TracInCP(
-        _Losses(given, network),
-        TensorDataset(inputs, targets, targets),
-        checkpoints=list(range(len(given.checkpoints))),
-        checkpoints_load_func=load,
-        loss_fn=_Kept(),
-        batch_size=SMALL_BATCH,
+    def tracer(model: nn.Module, data: TensorDataset, loss: nn.Module, **options: Any) -> TracInCP:
+        checkpoints = list(range(len(given.checkpoints)))
+        return TracInCP(model, data, checkpoints, load, loss_fn=loss, **options)
+
+    if not batched:
+        # Each example's gradient passes the whole of its batch, and is taken again for every batch
+        # that it meets: small ones of both.
+        train, queries = (_with_targets(data) for data in (given.train, given.queries))
+        small = tracer(_Losses(given, network), train, _Kept(), batch_size=SMALL_BATCH)
+        return small.influence(given.loader(queries, SMALL_BATCH)).numpy()
+    large = tracer(
+        network, given.train, _Sum(given), batch_size=BATCH, sample_wise_grads_per_batch=True
     )
     inputs, targets = given.queries.tensors
-    queries = TensorDataset(inputs, targets, targets)
-    return tracer.influence(given.loader(queries, SMALL_BATCH)).numpy()
+    parts = zip(inputs.split(BATCH), targets.split(BATCH), strict=True)
+    return torch.cat([large.influence((x, y)) for x, y in parts]).numpy()
+
+
+def _with_targets(data: TensorDataset) -> TensorDataset:
+    """With the targets among what the model is given, too."""
+    inputs, targets = data.tensors
+    return TensorDataset(inputs, targets, targets)
 
 
 class _Losses(nn.Module):

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import tempfile
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from bundle import Bundle, run
+from bundle import Bundle, called, run
 from torch import Tensor
-from torch.func import functional_call
 from trak import TRAKer
 from trak.modelout_functions import AbstractModelOutput, ImageClassificationModelOutput
 from trak.projectors import BasicProjector, ProjectionType
@@ -66,15 +64,11 @@ class _Text(AbstractModelOutput):
 
     def get_output(self, model: Any, weights: Any, buffers: Any, *one: Tensor) -> Tensor:
         batch = (part.unsqueeze(0) for part in one)
-        return self.given.margins(_called(model, weights, buffers), *batch).sum()
+        return self.given.margins(called(model, (weights, buffers)), *batch).sum()
 
     def get_out_to_loss_grad(self, model: Any, weights: Any, buffers: Any, batch: Any) -> Tensor:
-        ps = torch.exp(-self.given.losses(_called(model, weights, buffers), *batch))
+        ps = torch.exp(-self.given.losses(called(model, (weights, buffers)), *batch))
         return (1 - ps).clone().detach().unsqueeze(-1)
-
-
-def _called(model: Any, weights: Any, buffers: Any) -> Any:
-    return partial(functional_call, model, (weights, buffers))
 
 
 if __name__ == "__main__":

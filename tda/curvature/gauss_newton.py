@@ -109,7 +109,7 @@ class GaussNewton:
         self._check(v)
         total = {name: torch.zeros_like(value) for name, value in v.items()}
         m = len(next(iter(v.values())))
-        with _differentiable(), differentiable(self.model), torch.no_grad():
+        with _twice_differentiable(self.model), torch.no_grad():
             for batch, _ in self.batches:
                 for start in range(0, m, _AT_ONCE):
                     stop = min(start + _AT_ONCE, m)
@@ -170,12 +170,12 @@ class GaussNewton:
 
 
 @contextmanager
-def _differentiable() -> Iterator[None]:
+def _twice_differentiable(model: nn.Module) -> Iterator[None]:
     """Without fused kernels that are not differentiable twice, and without a note on speed."""
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+        with sdpa_kernel(SDPBackend.MATH), differentiable(model), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="There is a performance drop")
             yield
     finally:

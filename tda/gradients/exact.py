@@ -61,9 +61,10 @@ def example_of(batch: Any, index: int, num_examples: int) -> Any:
 def differentiable(model: nn.Module) -> Iterator[None]:
     """For a forward pass: recurrent layers not by cuDNN, which has gradients of them in training
     mode only, and no second ones."""
-    before = torch.backends.cudnn.enabled
-    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
-    torch.backends.cudnn.enabled = before and not recurrent
+    if not any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        yield
+        return
+    before, torch.backends.cudnn.enabled = torch.backends.cudnn.enabled, False
     try:
         yield
     finally:

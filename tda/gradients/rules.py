@@ -84,7 +84,7 @@ def linear(call: Call, grad: Tensor) -> Iterator[tuple[Any, Factor]]:
     x, weight, bias = call.bind("input", "weight", "bias")
     left = call.positions(grad)
     yield weight, _outer(left, call.positions(x))
-    if bias is not None:
+    if call.wants(bias):
         yield bias, _vector(left)
 
 
@@ -96,7 +96,8 @@ def addmm(call: Call, grad: Tensor) -> Iterator[tuple[Any, Factor]]:
         return
     right = call.positions(grad)
     yield weight, _outer(call.positions(x), right)
-    yield bias, _vector(right)
+    if call.wants(bias):
+        yield bias, _vector(right)
 
 
 def matmul(call: Call, grad: Tensor) -> Iterator[tuple[Any, Factor]]:
@@ -126,7 +127,7 @@ def _affine(call: Call, grad: Tensor, normal: Tensor, weight: Any, bias: Any, ax
     """y = x̂·w + b with w, b over the last ``axes`` axes of x̂."""
     g, x = call.positions(grad, axes), call.positions(normal, axes)
     yield weight, Dense(_matrix((g.float() * x.float()).sum(1)))
-    if bias is not None:
+    if call.wants(bias):
         yield bias, Dense(_matrix(g.sum(1, dtype=torch.float32)))
 
 
@@ -189,7 +190,7 @@ def convolution(call: Call, grad: Tensor) -> Iterator[tuple[Any, Factor]]:
     window = Window(tuple(weight.shape[2:]), stride or 1, padding or 0, dilation or 1, groups)
     x = x.to(grad.dtype)  # as autocast had it, before it is copied many times
     yield weight, Convolved(left.unflatten(2, (groups, -1)), x, window)
-    if bias is not None:
+    if call.wants(bias):
         yield bias, _vector(left)
 
 

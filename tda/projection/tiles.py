@@ -88,10 +88,10 @@ def tiles(factors: list[Factor]) -> Iterator[Tile]:
     """One parameter's gradient in runs of neighbouring coordinates, formed one at a time."""
     num_rows, width = factors[0].shape
     step = max(1, _tile_floats(factors) // (factors[0].num_examples * width))
-    on_cpu, formed = factors[0].device.type == "cpu", sum_of_rows
-    if not on_cpu:
-        formed = short_sum_of_rows
-        step -= step % _GPU_ROWS if step > _GPU_ROWS else 0
+    on_cpu = factors[0].device.type == "cpu"
+    formed = sum_of_rows if on_cpu else short_sum_of_rows
+    if not on_cpu and step > _GPU_ROWS:
+        step -= step % _GPU_ROWS
     lookups = [f for f in factors if isinstance(f, Lookup)]
     if on_cpu and len(lookups) == len(factors):  # only rows that were looked up are not zero
         used = torch.unique(torch.cat([f.index.flatten() for f in lookups]))
